@@ -1,0 +1,29 @@
+"""The errors that gatewright raises on purpose, each with the exit code that a command ends with."""
+
+from __future__ import annotations
+
+
+class GatewrightError(Exception):
+    """An expected failure: one line that says what happened. Commands print it and exit with `exit_code`."""
+
+    exit_code = 1
+
+
+class UserError(GatewrightError):
+    """The user's mistake: the line says what was given, what is allowed and what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunFailure(GatewrightError):
+    """A failure of the machine or of training (full disk, non-finite loss). Exit code 1; nothing saved is lost."""
+
+    exit_code = 1
+
+
+def did_you_mean(given: str, allowed: list[str] | tuple[str, ...]) -> str:
+    """Return "; did you mean 'x'?" for the nearest allowed word, or "" when none is near."""
+    import difflib
+
+    near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
