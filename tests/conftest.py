@@ -1,0 +1,14 @@
+"""Shapes and types of kernels, parts and backbones are checked in every test run (and only there)."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: many small tests are faster on one thread, and two runs do not fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+CHECKED = ("gatewright.kernels", "gatewright.parts", "gatewright.backbones")
+install_import_hook(CHECKED, "beartype.beartype")
