@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class GatewrightError(Exception):
     """An expected failure: one line that says what happened. Commands print it and exit with `exit_code`."""
@@ -9,21 +12,19 @@ class GatewrightError(Exception):
     exit_code = 1
 
 
-class UserError(GatewrightError):
+class UserError(GatewrightError, ValueError):
     """The user's mistake: the line says what was given, what is allowed and what to do. Exit code 2."""
 
     exit_code = 2
 
 
-class RunFailure(GatewrightError):
+class RunFailure(GatewrightError, RuntimeError):
     """A failure of the machine or of training (full disk, non-finite loss). Exit code 1; nothing saved is lost."""
 
     exit_code = 1
 
 
-def did_you_mean(given: str, allowed: list[str] | tuple[str, ...]) -> str:
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest allowed word, or "" when none is near."""
-    import difflib
-
-    near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""

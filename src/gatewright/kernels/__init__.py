@@ -1,0 +1,18 @@
+"""What computes: the definition of an expert layer (reference) and its fast forms, one meaning for all."""
+
+from gatewright.kernels.activations import ACTIVATIONS, activate, check_activation, is_gated
+from gatewright.kernels.choose import BACKENDS, choose_backend, expert_mlp, expert_mlp_sorted
+from gatewright.kernels.plan import DispatchPlan, ExpertWeights
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "DispatchPlan",
+    "ExpertWeights",
+    "activate",
+    "check_activation",
+    "choose_backend",
+    "expert_mlp",
+    "expert_mlp_sorted",
+    "is_gated",
+]

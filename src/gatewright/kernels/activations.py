@@ -1,0 +1,63 @@
+"""The experts' activations: forward value and, for the hand-written backward passes, the derivative."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatewright.errors import UserError, did_you_mean
+
+GATED = {"swiglu": "silu", "geglu": "gelu"}
+ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
+
+
+def check_activation(name: str) -> str:
+    """Return `name` if it is a known activation; raise UserError otherwise."""
+    if name not in ACTIVATIONS:
+        raise UserError(
+            f"activation {name!r} is unknown{did_you_mean(name, ACTIVATIONS)}; allowed: {', '.join(ACTIVATIONS)}"
+        )
+    return name
+
+
+def is_gated(name: str) -> bool:
+    """Return whether the activation multiplies a gate half with an up half (SwiGLU, GEGLU: Shazeer 2020)."""
+    return name in GATED
+
+
+def _pointwise(name: str, h: Tensor) -> Tensor:
+    if name == "relu":
+        return F.relu(h)
+    return F.silu(h) if name == "silu" else F.gelu(h)
+
+
+def _pointwise_backward(name: str, grad: Tensor, h: Tensor) -> Tensor:
+    if name == "relu":
+        return torch.ops.aten.threshold_backward(grad, h, 0)
+    if name == "silu":
+        return torch.ops.aten.silu_backward(grad, h)
+    return torch.ops.aten.gelu_backward(grad, h)
+
+
+def activate(name: str, h: Tensor) -> Tensor:
+    """Return the activation of h: [..., 2F] -> [..., F] when gated (gate half first), else [..., F] -> [..., F].
+
+    Equation: swiglu(h) = silu(gate) * up; geglu(h) = gelu(gate) * up with the exact (erf) GELU.
+    """
+    if not is_gated(name):
+        return _pointwise(name, h)
+    gate, up = h.chunk(2, dim=-1)
+    return _pointwise(GATED[name], gate) * up
+
+
+def activate_backward(name: str, grad: Tensor, h: Tensor) -> Tensor:
+    """Return the gradient with respect to h, given the gradient of `activate(name, h)`."""
+    if not is_gated(name):
+        return _pointwise_backward(name, grad, h)
+    gate, up = h.chunk(2, dim=-1)
+    grad_h = torch.empty_like(h)
+    grad_gate, grad_up = grad_h.chunk(2, dim=-1)
+    torch.mul(grad, _pointwise(GATED[name], gate), out=grad_up)
+    grad_gate.copy_(_pointwise_backward(GATED[name], grad * up, gate))
+    return grad_h

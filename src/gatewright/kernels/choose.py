@@ -1,0 +1,41 @@
+"""Which backend computes the experts, and why."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from gatewright.errors import UserError, did_you_mean
+from gatewright.kernels import grouped, reference
+from gatewright.kernels.plan import DispatchPlan, ExpertWeights
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "grouped": grouped}
+
+
+def choose_backend(name: str | None = None) -> tuple[str, str]:
+    """Return (backend name, reason). `name` None lets the toolkit choose; a name is taken as given.
+
+    Raises: UserError for an unknown name.
+    """
+    if name is None:
+        return "grouped", "fastest backend that is installed: grouped matmuls, gathers in both directions"
+    if name not in BACKENDS:
+        raise UserError(f"backend {name!r} is unknown{did_you_mean(name, BACKENDS)}; allowed: {', '.join(BACKENDS)}")
+    return name, "asked for by name"
+
+
+def expert_mlp(
+    x: Tensor, plan: DispatchPlan, combine_weights: Tensor, weights: ExpertWeights, backend: str | None = None
+) -> Tensor:
+    """Return y [T, D]: the planned rows of x [T, D] through their experts, combined with weights [T, K].
+
+    Args: `combine_weights` in at least fp32 for low-precision x; `backend` as `choose_backend` takes it.
+    Returns: differentiable in x, the combine weights and both expert weights.
+    """
+    return BACKENDS[choose_backend(backend)[0]].expert_mlp(x, plan, combine_weights, weights)
+
+
+def expert_mlp_sorted(rows: Tensor, counts: Tensor, weights: ExpertWeights, backend: str | None = None) -> Tensor:
+    """Return each sorted row's expert output [M, D] -> [M, D]; `counts` [E]: what an all-to-all leaves on a rank."""
+    return BACKENDS[choose_backend(backend)[0]].expert_mlp_sorted(rows, counts, weights)

@@ -1,0 +1,71 @@
+"""The frozen record that leaves every MoE layer beside its output: sums only, reduced inside the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """Sufficient statistics of one router on one batch of T tokens (padding enters none of them).
+
+    Counts are int64 and carry no gradient; the sums are fp32 and do, so that losses can be built from them.
+    `tokens`: T as a 0-d tensor. `counts` [E]: assignments made per expert, before capacity. `kept` [E]: after capacity.
+    `dropped_by_rank` [K]: assignments dropped at capacity, by the token's rank of that choice. `unrouted`: tokens left without any
+    expert. `score_sums` [E]: sum over tokens of the scores. `logsumexp_sum`, `logsumexp_square_sum`: over tokens, of logsumexp(logits).
+    `nonfinite`: tokens whose logits hold a NaN or an infinity.
+    With capture: `logits` [T, E], `scores` [T, E], `experts` [T, K] (-1 where padding or dropped), `combine_weights` [T, K].
+    """
+
+    num_selected: int
+    tokens: Tensor
+    counts: Tensor
+    kept: Tensor
+    dropped_by_rank: Tensor
+    unrouted: Tensor
+    score_sums: Tensor
+    logsumexp_sum: Tensor
+    logsumexp_square_sum: Tensor
+    nonfinite: Tensor
+    logits: Tensor | None = None
+    scores: Tensor | None = None
+    experts: Tensor | None = None
+    combine_weights: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.counts.shape[0]
+
+
+class Stats(Mapping[str, RouterStats]):
+    """A flat, read-only mapping from router name ("layers.3.router") to its RouterStats."""
+
+    def __init__(self, routers: Mapping[str, RouterStats] | None = None) -> None:
+        self._routers = dict(routers or {})
+
+    def __getitem__(self, name: str) -> RouterStats:
+        return self._routers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._routers)
+
+    def __len__(self) -> int:
+        return len(self._routers)
+
+    def __repr__(self) -> str:
+        return f"Stats({', '.join(self._routers)})"
+
+    def under(self, prefix: str) -> Stats:
+        """Return the same records with every name put below `prefix`."""
+        return Stats({f"{prefix}.{name}": record for name, record in self._routers.items()})
+
+    def __or__(self, other: Stats) -> Stats:
+        """Return both records' routers; a name that both hold is an error, since one would be lost."""
+        twice = set(self) & set(other)
+        if twice:
+            raise ValueError(f"router names {sorted(twice)} stand in both Stats; name each layer apart with .under()")
+        return Stats({**self._routers, **other._routers})
