@@ -1,6 +1,20 @@
-"""gatewright: Mixture-of-Experts for PyTorch, every milestone from 1991 on as parts that can be trained, raced and seen."""
+"""gatewright: Mixture-of-Experts for PyTorch: parts that can be trained, raced and seen."""
 
-from gatewright.parts import MoELayer, RouterStats, Stats, attach_loss, balance_loss, z_loss
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatewright.parts import MoELayer, RouterStats, Stats, attach_loss, balance_loss, z_loss
 
 __version__ = "0.1.0"
 __all__ = ["MoELayer", "RouterStats", "Stats", "attach_loss", "balance_loss", "z_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    # The names arrive on first use: `gatewright --help` answers without waiting for torch.
+    if name in __all__:
+        import gatewright.parts
+
+        return getattr(gatewright.parts, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
