@@ -21,7 +21,9 @@ def choose_backend(name: str | None = None) -> tuple[str, str]:
     if name is None:
         return "grouped", "fastest backend that is installed: grouped matmuls, gathers in both directions"
     if name not in BACKENDS:
-        raise UserError(f"backend {name!r} is unknown{did_you_mean(name, BACKENDS)}; allowed: {', '.join(BACKENDS)}")
+        raise UserError(
+            f"backend {name!r} is unknown{did_you_mean(name, BACKENDS)}; allowed: {', '.join(BACKENDS)}"
+        )
     return name, "asked for by name"
 
 
@@ -36,6 +38,8 @@ def expert_mlp(
     return BACKENDS[choose_backend(backend)[0]].expert_mlp(x, plan, combine_weights, weights)
 
 
-def expert_mlp_sorted(rows: Tensor, counts: Tensor, weights: ExpertWeights, backend: str | None = None) -> Tensor:
+def expert_mlp_sorted(
+    rows: Tensor, counts: Tensor, weights: ExpertWeights, backend: str | None = None
+) -> Tensor:
     """Return each sorted row's expert output [M, D] -> [M, D]; `counts` [E]: what an all-to-all leaves on a rank."""
     return BACKENDS[choose_backend(backend)[0]].expert_mlp_sorted(rows, counts, weights)

@@ -94,7 +94,13 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, combine_weights: Tensor, w_in: Tensor, w_down: Tensor, activation: str, plan: DispatchPlan
+        ctx: Any,
+        x: Tensor,
+        combine_weights: Tensor,
+        w_in: Tensor,
+        w_down: Tensor,
+        activation: str,
+        plan: DispatchPlan,
     ) -> Tensor:
         rows = x.index_select(0, plan.token_ids)
         pre = _rows_times_weights(rows, w_in.mT, plan.counts)
@@ -128,7 +134,9 @@ class _GroupedExperts(torch.autograd.Function):
 
 def expert_mlp(x: Tensor, plan: DispatchPlan, combine_weights: Tensor, weights: ExpertWeights) -> Tensor:
     """Return y [T, D] as `reference.expert_mlp` does, by grouped matmuls. Once differentiable."""
-    out: Tensor = _GroupedExperts.apply(x, combine_weights, weights.w_in, weights.w_down, weights.activation, plan)
+    out: Tensor = _GroupedExperts.apply(
+        x, combine_weights, weights.w_in, weights.w_down, weights.activation, plan
+    )
     return out
 
 

@@ -18,7 +18,9 @@ def expert_capacity(capacity_factor: float, num_selected: int, num_tokens: int, 
     Differs: Switch Transformer eq 3 and ST-MoE omit K (for K = 1 the two agree).
     """
     if not capacity_factor > 0:
-        raise UserError(f"capacity_factor {capacity_factor}; allowed: above 0, or none for dropless; 1.0 has no head-room")
+        raise UserError(
+            f"capacity_factor {capacity_factor}; allowed: above 0, or none for dropless; 1.0 has no head-room"
+        )
     # The product is rounded before the ceiling so that 1.1 * 10 / 1 is 11 places, not 12.
     return math.ceil(round(capacity_factor * num_selected * num_tokens / num_experts, 9))
 

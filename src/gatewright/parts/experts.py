@@ -60,7 +60,9 @@ class Experts(nn.Module):
         _fan_in_normal(self.w_in)
         _fan_in_normal(self.w_down)
 
-    def forward(self, x: Tensor, plan: DispatchPlan, combine_weights: Tensor, backend: str | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, plan: DispatchPlan, combine_weights: Tensor, backend: str | None = None
+    ) -> Tensor:
         """Return y [T, D] for x [T, D]: each token's experts, combined with its weights [T, K]."""
         weights = ExpertWeights(self.w_in.to(x.dtype), self.w_down.to(x.dtype), self.activation)
         return expert_mlp(x, plan, combine_weights, weights, backend)

@@ -9,7 +9,14 @@ from gatewright.errors import UserError
 from gatewright.kernels import DispatchPlan, choose_backend
 from gatewright.parts.dispatch import count_assignments, expert_capacity, make_plan
 from gatewright.parts.experts import MLP, Experts
-from gatewright.parts.routing import Assignment, Router, WeightForm, check_selection, softmax_scores, token_choice
+from gatewright.parts.routing import (
+    Assignment,
+    Router,
+    WeightForm,
+    check_selection,
+    softmax_scores,
+    token_choice,
+)
 from gatewright.parts.stats import RouterStats, Stats
 
 
@@ -56,7 +63,9 @@ class MoELayer(nn.Module):
         self.capacity_factor, self.backend = capacity_factor, backend
         self.router = Router(width, num_experts, router_dtype)
         self.experts = Experts(width, num_experts, expert_width, activation)
-        self.shared = MLP(width, num_shared_experts * expert_width, activation) if num_shared_experts else None
+        self.shared = (
+            MLP(width, num_shared_experts * expert_width, activation) if num_shared_experts else None
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None = None, capture: bool = False) -> tuple[Tensor, Stats]:
         """Return (y, Stats). `mask` [...] bool: False = padding, which takes no capacity, enters no statistic and gets 0."""
@@ -87,7 +96,12 @@ def _activation_dtype(x: Tensor) -> Tensor:
 
 
 def _record(
-    logits: Tensor, scores: Tensor, assignment: Assignment, plan: DispatchPlan, mask: Tensor | None, capture: bool
+    logits: Tensor,
+    scores: Tensor,
+    assignment: Assignment,
+    plan: DispatchPlan,
+    mask: Tensor | None,
+    capture: bool,
 ) -> RouterStats:
     """Reduce one call to its sufficient statistics."""
     lse = torch.logsumexp(logits.float(), dim=-1)

@@ -90,7 +90,9 @@ def select_top(scores: Tensor, num_selected: int) -> Tensor:
 def check_selection(num_experts: int, num_selected: int, weights: str) -> None:
     """Raise UserError unless 1 <= K <= E and the weight form can train a router."""
     if num_experts < 1:
-        raise UserError(f"num_experts {num_experts}; allowed: 1 or more; give the number of experts per layer")
+        raise UserError(
+            f"num_experts {num_experts}; allowed: 1 or more; give the number of experts per layer"
+        )
     if not 1 <= num_selected <= num_experts:
         raise UserError(
             f"num_selected {num_selected} with num_experts {num_experts}; allowed: 1 to {num_experts}; "

@@ -67,5 +67,7 @@ class Stats(Mapping[str, RouterStats]):
         """Return both records' routers; a name that both hold is an error, since one would be lost."""
         twice = set(self) & set(other)
         if twice:
-            raise ValueError(f"router names {sorted(twice)} stand in both Stats; name each layer apart with .under()")
+            raise ValueError(
+                f"router names {sorted(twice)} stand in both Stats; name each layer apart with .under()"
+            )
         return Stats({**self._routers, **other._routers})

@@ -1,0 +1,24 @@
+"""Backbones: what the mixtures sit in."""
+
+from gatewright.backbones import initialise
+from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
+from gatewright.backbones.cost import Cost, count_cost
+from gatewright.backbones.norm import RMSNorm
+from gatewright.backbones.pattern import moe_pattern, per_layer
+from gatewright.backbones.transformer import Block, Decoder, DecoderOutput, KVCache
+
+__all__ = [
+    "Attention",
+    "Block",
+    "Cost",
+    "Decoder",
+    "DecoderOutput",
+    "KVCache",
+    "LayerCache",
+    "RMSNorm",
+    "RotaryPositions",
+    "count_cost",
+    "initialise",
+    "moe_pattern",
+    "per_layer",
+]

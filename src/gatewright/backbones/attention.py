@@ -1,0 +1,130 @@
+"""Causal grouped-query attention with rotary positions, and the cache it decodes from."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatewright.backbones.norm import RMSNorm
+from gatewright.errors import UserError, did_you_mean
+
+QK_NORMS = ("none", "head", "width")
+
+
+class RotaryPositions(nn.Module):
+    """Rotary position embedding (RoPE) over whole heads, halves rotated against each other (the layout of Llama and Mixtral)."""
+
+    def __init__(self, head_dim: int, theta: float = 10_000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise UserError(
+                f"head_dim {head_dim}; allowed: even numbers; rotary positions turn pairs of coordinates"
+            )
+        self.head_dim, self.theta = head_dim, theta
+
+    def angles(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, each [length, head_dim] fp32, for positions start .. start + length - 1.
+
+        Equation: angle(p, i) = p * theta ** (-2 i / head_dim), i = 0 .. head_dim / 2 - 1.
+        """
+        steps = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float64)
+        frequency = self.theta ** (-steps / self.head_dim)
+        position = torch.arange(start, start + length, device=device, dtype=torch.float64)
+        angle = torch.outer(position, frequency).repeat(1, 2)
+        return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [B, H, S, head_dim] turned by its positions' angles, in x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class LayerCache:
+    """Keys and values of one layer, [B, Hkv, capacity, head_dim], filled from the left."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.length = keys, values, 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, Hkv, S, head_dim] behind what is there; return everything stored so far."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2]:
+            raise UserError(
+                f"{end} positions in a cache of {self.keys.shape[2]}; allowed: up to its capacity; make the cache larger or the text shorter"
+            )
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query and Hkv key/value heads, no biases: x [B, S, D] -> [B, S, D].
+
+    `qk_norm`: "none"; "head" (RMSNorm on each head, Qwen3); "width" (RMSNorm over all heads' width before the split, OLMoE).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: str = "none",
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise UserError(
+                f"num_heads {num_heads} with num_kv_heads {num_kv_heads}; allowed: key/value heads that divide the heads"
+            )
+        if qk_norm not in QK_NORMS:
+            raise UserError(
+                f"qk_norm {qk_norm!r} is unknown{did_you_mean(qk_norm, QK_NORMS)}; allowed: {', '.join(QK_NORMS)}"
+            )
+        self.num_heads, self.num_kv_heads, self.head_dim, self.qk_norm = (
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qk_norm,
+        )
+        self.query = nn.Linear(width, num_heads * head_dim, bias=False)
+        self.key = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.output = nn.Linear(num_heads * head_dim, width, bias=False)
+        if qk_norm != "none":
+            per_head = qk_norm == "head"
+            self.query_norm = RMSNorm(head_dim if per_head else num_heads * head_dim, norm_eps)
+            self.key_norm = RMSNorm(head_dim if per_head else num_kv_heads * head_dim, norm_eps)
+
+    def _heads(self, x: Tensor, num_heads: int, norm: RMSNorm | None) -> Tensor:
+        if norm is not None and self.qk_norm == "width":
+            x = norm(x)
+        x = x.unflatten(-1, (num_heads, self.head_dim))
+        if norm is not None and self.qk_norm == "head":
+            x = norm(x)
+        return x.transpose(1, 2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Return attention over x and, with a cache, over everything before it; the cache is extended."""
+        normed = self.qk_norm != "none"
+        q = rotate(self._heads(self.query(x), self.num_heads, self.query_norm if normed else None), cos, sin)
+        k = rotate(self._heads(self.key(x), self.num_kv_heads, self.key_norm if normed else None), cos, sin)
+        v = self._heads(self.value(x), self.num_kv_heads, None)
+        mask = None
+        if cache is not None:
+            past = cache.length
+            k, v = cache.append(k, v)
+            k, v = k.to(q.dtype), v.to(q.dtype)
+            if past and q.shape[2] > 1:
+                rows = torch.arange(past, past + q.shape[2], device=x.device).unsqueeze(-1)
+                mask = torch.arange(k.shape[2], device=x.device) <= rows
+        causal = mask is None and q.shape[2] == k.shape[2]
+        grouped = self.num_heads != self.num_kv_heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        out: Tensor = self.output(y.transpose(1, 2).flatten(-2))
+        return out

@@ -1,0 +1,139 @@
+"""The decoder: pre-norm blocks of attention and a feed-forward layer that is dense or a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
+from gatewright.backbones.norm import RMSNorm
+from gatewright.errors import UserError
+from gatewright.parts import MoELayer, Stats
+
+
+class DecoderOutput(NamedTuple):
+    """What a decoder returns: `logits` [B, S, V] and the Stats of its routers, by name ("layers.3.router")."""
+
+    logits: Tensor
+    stats: Stats
+
+
+class KVCache:
+    """One LayerCache per layer, and the position that the next token takes."""
+
+    def __init__(self, layers: list[LayerCache]) -> None:
+        self.layers = layers
+
+    @property
+    def length(self) -> int:
+        """Positions stored so far."""
+        return self.layers[0].length if self.layers else 0
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): [B, S, D] -> ([B, S, D], Stats)."""
+
+    def __init__(self, width: int, attention: Attention, feed_forward: nn.Module, norm_eps: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width, norm_eps)
+        self.attention = attention
+        self.feed_forward_norm = RMSNorm(width, norm_eps)
+        self.feed_forward = feed_forward
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, capture: bool = False
+    ) -> tuple[Tensor, Stats]:
+        """Return the block's output and the Stats of its router (empty for a dense block)."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoELayer):
+            y, stats = self.feed_forward(normed, capture=capture)
+            return x + y, stats
+        return x + self.feed_forward(normed), Stats()
+
+
+class Decoder(nn.Module):
+    """A causal language model: tokens [B, S] int64 -> DecoderOutput(logits [B, S, V], stats).
+
+    Args: `feed_forwards` holds one module per layer, a MoELayer or a plain [..., D] -> [..., D] module: the pattern of dense and
+    sparse layers is this list. `context` is the longest text it is trained on; positions beyond it are refused.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        num_heads: int,
+        feed_forwards: Sequence[nn.Module],
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context: int = 1024,
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-5,
+        qk_norm: str = "none",
+        tie_embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(vocab_size, width, context) < 1 or not feed_forwards:
+            raise UserError(
+                f"vocab_size {vocab_size}, width {width}, context {context}, {len(feed_forwards)} layers; allowed: 1 or more of each"
+            )
+        if head_dim is None and (num_heads < 1 or width % num_heads):
+            raise UserError(
+                f"width {width} with num_heads {num_heads}; allowed: heads that divide the width; or give head_dim"
+            )
+        self.head_dim = head_dim or width // num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.vocab_size, self.width, self.context = vocab_size, width, context
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.rotary = RotaryPositions(self.head_dim, rope_theta)
+        self.layers = nn.ModuleList(
+            Block(
+                width,
+                Attention(
+                    width, num_heads, self.num_kv_heads, self.head_dim, qk_norm=qk_norm, norm_eps=norm_eps
+                ),
+                feed_forward,
+                norm_eps,
+            )
+            for feed_forward in feed_forwards
+        )
+        self.norm = RMSNorm(width, norm_eps)
+        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.tie_embeddings = tie_embeddings
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def new_cache(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        """Return an empty cache for `batch` texts of up to `capacity` positions (default: the context)."""
+        weight = self.embedding.weight
+        shape = (batch, self.num_kv_heads, capacity or self.context, self.head_dim)
+        kind = dtype or weight.dtype
+        return KVCache(
+            [
+                LayerCache(weight.new_zeros(shape, dtype=kind), weight.new_zeros(shape, dtype=kind))
+                for _ in range(len(self.layers))
+            ]
+        )
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, capture: bool = False) -> DecoderOutput:
+        """Return logits and Stats. With a cache, `tokens` continue it; with `capture`, Stats hold every token's way."""
+        start = cache.length if cache is not None else 0
+        length = tokens.shape[1]
+        if start + length > self.context:
+            raise UserError(
+                f"{start + length} positions in a model of context {self.context}; allowed: up to {self.context}; "
+                "shorten the text or build the model with a longer context"
+            )
+        cos, sin = self.rotary.angles(start, length, tokens.device)
+        x = self.embedding(tokens)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        stats = Stats()
+        for i, block in enumerate(self.layers):
+            x, own = block(x, cos, sin, cache.layers[i] if cache is not None else None, capture)
+            stats = stats | own.under(f"layers.{i}")
+        return DecoderOutput(self.head(self.norm(x)), stats)

@@ -1,0 +1,5 @@
+"""What a model is trained towards: a task loss plus the named losses over its routers' Stats."""
+
+from gatewright.objectives.next_token import Loss, NextToken
+
+__all__ = ["Loss", "NextToken"]
