@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported: many small tests are faster on one thread, and two runs do not fight for the cores.
+# Before torch is imported: many small tests are faster on one thread, and two runs do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 CHECKED = ("gatewright.kernels", "gatewright.parts", "gatewright.backbones")
 install_import_hook(CHECKED, "beartype.beartype")

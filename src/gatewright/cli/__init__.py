@@ -1,4 +1,4 @@
-"""The commands. `gatewright --help` reads this table only; a command's module is imported when it is called."""
+"""The commands. `gatewright --help` reads this table only; a command is imported when it is called."""
 
 from __future__ import annotations
 

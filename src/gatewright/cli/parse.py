@@ -1,7 +1,7 @@
 """From command line and TOML to settings: one door, so that a typo in either gets the same one-line answer.
 
-Precedence: a dataclass's defaults < the TOML file given by --from < flags. tyro converts the values and writes
-the help; finding the flag, and saying in one line what is wrong with it, happens here.
+Precedence: a dataclass's defaults < the TOML file given by --from < flags. tyro converts the values and
+writes the help; finding the flag, and saying in one line what is wrong with it, happens here.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def allowed(hint: Any) -> str:
 
 
 def help_text(bases: Sequence[Any], prog: str) -> str:
-    """Return the help of a command: the flags of each settings class with their defaults, then every command's."""
+    """Return the help of a command: the flags of each settings class, then those of every command."""
     import tyro
 
     parts = [f"usage: {prog} [options]"]
@@ -278,7 +278,7 @@ def help_text(bases: Sequence[Any], prog: str) -> str:
         page = io.StringIO()
         with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
             tyro.cli(type(base), default=base, args=["--help"])
-        # Below the rule that follows the heading "options"; tyro's own -h row comes first and is not repeated.
+        # What follows the rule under the heading "options", less tyro's own -h row.
         rows = [row.rstrip()[1:] for row in page.getvalue().partition("--- \n")[2].splitlines()]
         rows = [row for row in rows if row and "show this help message" not in row]
         # tyro names the field of a Python keyword as it is spelt; the flag has no underscore.

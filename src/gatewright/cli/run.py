@@ -89,7 +89,7 @@ def _reader_gone() -> int:
 def run_command(work: Callable[[], Outcome], *, as_json: bool = False, debug: bool = False) -> int:
     """Call `work`, print its outcome, return the exit code.
 
-    While `work` runs, stdout is turned to stderr: what it prints is progress, and stdout holds the result alone.
+    While `work` runs, stdout is turned to stderr: what it prints is progress; stdout holds the result alone.
     Errors become one line: GatewrightError by its own code, Ctrl-C 130, a full disk 1, anything unexpected 1.
     """
     try:
