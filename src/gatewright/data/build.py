@@ -1,0 +1,218 @@
+"""The two steps of building a corpus: text with its clusters of near-duplicates, then the split and its tokens."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gatewright.data.cache import file_digest
+from gatewright.data.duplicates import clusters, signatures
+from gatewright.data.hashing import digest
+from gatewright.data.sources import INSTALL, default_sources
+from gatewright.data.split import hold_out, training_order
+from gatewright.data.store import Source, TextStore, TextWriter
+from gatewright.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
+from gatewright.errors import UserError
+
+BUILDER_VERSION = "1"
+"""Changes whenever the same sources would give other documents, clusters, splits or tokens."""
+BPE_TEXT = 32_000_000
+"""Bytes of training text, evenly from all of it, that a BPE is trained on."""
+_BATCH = 256
+
+Progress = Callable[[str], None]
+
+
+def sources_for(paths: Sequence[str | Path]) -> tuple[str, list[Source], list[str]]:
+    """Return the corpus's name, its sources, and a line for each default source that is missing."""
+    if paths:
+        from gatewright.data.files import file_sources
+
+        sources = file_sources(paths)
+        return "+".join(source.name for source in sources), sources, []
+    sources, missing = default_sources()
+    if not sources:
+        raise UserError(f"no source of the default corpus is installed; run: {INSTALL}; or give --data PATH")
+    return "default", sources, missing
+
+
+def key_of(
+    sources: Sequence[Source], tokenizer: str | None = None, valid_bytes: int = 0, seed: int = 0
+) -> str:
+    """Return the cache key (hex): of the text alone, or with a tokenizer and a split of the tokens."""
+    parts = [BUILDER_VERSION]
+    for source in sources:
+        parts += [source.name, digest(source.identity)]
+    if tokenizer is not None:
+        kind, value = parse_tokenizer(tokenizer)
+        parts += [
+            kind,
+            file_digest(value) if isinstance(value, Path) else str(value),
+            str(valid_bytes),
+            str(seed),
+        ]
+    return digest(parts)
+
+
+def build_text(folder: Path, sources: Sequence[Source], progress: Progress) -> dict[str, Any]:
+    """Read every source into `folder`, drop exact duplicates, find the clusters of near-duplicates."""
+    began = time.perf_counter()
+    with TextWriter(folder, progress) as writer:
+        for source in sources:
+            before, documents = writer.num_bytes, writer.size
+            writer.begin(source.name)
+            source.read(writer)
+            progress(
+                f"read {source.name}: {writer.size - documents} documents, "
+                f"{(writer.num_bytes - before) / 1e6:.1f} MB"
+            )
+        store, exact = writer.finish()
+        notes = writer.notes
+    if not len(store.table):
+        raise UserError(
+            "the given paths hold no text; text, Markdown, source code and JSON lines are read; check them"
+        )
+    progress(f"looking for near-duplicates in {len(store.table)} documents")
+    store.table[:, 3] = clusters(signatures(store.raw, store.table[:, :2]))
+    store.save()
+    _, sizes = np.unique(store.table[:, 3], return_counts=True)
+    near = int((sizes - 1).sum())
+    progress(
+        f"{exact} exact duplicates dropped; {near} near-duplicates in {int((sizes > 1).sum())} clusters "
+        f"are kept on one side of the split ({time.perf_counter() - began:.0f} s)"
+    )
+    counts = {
+        "documents": len(store.table),
+        "exact_duplicates": exact,
+        "near_duplicates": near,
+        "near_duplicate_clusters": int((sizes > 1).sum()),
+        "largest_cluster": int(sizes.max()),
+    }
+    (folder / "about.json").write_text(json.dumps({"counts": counts, "notes": notes}), encoding="utf-8")
+    return {"schema": "gatewright.text.v1", "domains": store.domains, "counts": counts, "notes": notes}
+
+
+def _bpe_sample(store: TextStore, training: NDArray[np.int64]) -> NDArray[np.int64]:
+    total = int(store.sizes[training].sum())
+    return training[:: max(1, -(-total // BPE_TEXT))]
+
+
+def _tokenizer(store: TextStore, training: NDArray[np.int64], given: str, progress: Progress) -> Tokenizer:
+    kind, value = parse_tokenizer(given)
+    if isinstance(value, Path):
+        return load_tokenizer(value)
+    if isinstance(value, int):
+        progress(f"training a byte-level BPE of {value} ids")
+        made = train_bpe(store.texts(_bpe_sample(store, training)), value)
+        if made.vocab_size < value:
+            progress(f"the text is too small for {value} ids: the BPE has {made.vocab_size}")
+        return made
+    return ByteTokenizer()
+
+
+class _TokenFile:
+    """A one-dimensional .npy that grows: numpy pads the header so that the length can be written last."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._file = open(path, "wb")
+        self.dtype, self.length = dtype, 0
+        self._header()
+
+    def _header(self) -> None:
+        self._file.seek(0)
+        about = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.length,),
+        }
+        np.lib.format.write_array_header_1_0(self._file, about)
+
+    def write(self, ids: NDArray[np.int64]) -> None:
+        self._file.write(ids.astype(self.dtype).tobytes())
+        self.length += len(ids)
+
+    def close(self) -> None:
+        self._header()
+        self._file.close()
+
+
+def _write_tokens(
+    path: Path,
+    store: TextStore,
+    numbers: NDArray[np.int64],
+    tokenizer: Tokenizer,
+    *,
+    lead: bool,
+    progress: Progress,
+) -> NDArray[np.int64]:
+    """Write the documents' ids, each followed by end of text; return where each one ends (after that id)."""
+    out = _TokenFile(path, np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4"))
+    ends = np.empty(len(numbers), dtype=np.int64)
+    end_of_text = np.array([tokenizer.eot], dtype=np.int64)
+    told = time.perf_counter()
+    try:
+        if lead:
+            out.write(end_of_text)
+        for first in range(0, len(numbers), _BATCH):
+            batch = list(store.texts(numbers[first : first + _BATCH]))
+            for place, ids in enumerate(tokenizer.encode_documents(batch)):
+                out.write(ids)
+                out.write(end_of_text)
+                ends[first + place] = out.length
+            if time.perf_counter() - told > 5:
+                told = time.perf_counter()
+                progress(f"tokenised {first + len(batch)} of {len(numbers)} documents")
+    finally:
+        out.close()
+    return ends
+
+
+def build_tokens(
+    folder: Path, store: TextStore, tokenizer: str, valid_bytes: int, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """Split the text, make or load the tokenizer, and write the token files into `folder`."""
+    held = hold_out(store, valid_bytes, seed)
+    training = training_order(store, np.flatnonzero(~held), seed)
+    if not len(training):
+        raise UserError("no text is left for training after the split; give more text")
+    made = _tokenizer(store, training, tokenizer, progress)
+    (folder / "tokenizer.json").write_text(made.to_json(), encoding="utf-8")
+    np.save(
+        folder / "train-ends.npy",
+        _write_tokens(folder / "train.npy", store, training, made, lead=False, progress=progress),
+    )
+    train_bytes: dict[str, int] = {}
+    valid_domain_bytes: dict[str, int] = {}
+    valid_documents: dict[str, list[int]] = {}
+    for number, domain in enumerate(store.domains):
+        inside = store.table[:, 2] == number
+        numbers = np.flatnonzero(inside & held)
+        path = folder / f"valid-{number}.npy"
+        ends = _write_tokens(path, store, numbers, made, lead=True, progress=progress)
+        np.save(folder / f"valid-{number}-starts.npy", np.concatenate([[1], ends]))
+        train_bytes[domain] = int(store.sizes[inside & ~held].sum())
+        valid_domain_bytes[domain] = int(store.sizes[numbers].sum())
+        valid_documents[domain] = numbers.tolist()
+        if valid_domain_bytes[domain] * len(store.domains) < valid_bytes:
+            progress(
+                f"note: domain {domain} holds out {valid_domain_bytes[domain]} bytes for validation, less than "
+                f"its share of the {valid_bytes} asked for, because it is small"
+            )
+    files = sorted(path for path in folder.iterdir())
+    about = json.loads((store.folder / "about.json").read_text(encoding="utf-8"))
+    return {
+        "schema": "gatewright.tokens.v1",
+        "domains": store.domains,
+        "tokenizer": made.name,
+        "train_domain_bytes": train_bytes,
+        "valid_domain_bytes": valid_domain_bytes,
+        "valid_documents": valid_documents,
+        "fingerprint": digest(part for path in files for part in (path.name, file_digest(path))),
+        **about,
+    }

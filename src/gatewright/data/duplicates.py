@@ -1,0 +1,147 @@
+"""Near-duplicate documents, found by MinHash signatures and locality-sensitive hashing, and joined into clusters.
+
+Two documents are near-duplicates when the Jaccard similarity of their sets of 32-byte shingles (letters lower-cased,
+white space as one space) is estimated at 0.6 or more. The estimate counts the equal ones of 128 minima, so its
+standard error at 0.6 is 0.043; pairs are looked up in 32 bands of 4 minima, which finds a pair of
+similarity 0.6 with probability 0.99 and one of 0.7 with 0.9998.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gatewright.data.hashing import mix64, shingle_hashes
+
+SHINGLE = 32
+THRESHOLD = 0.6
+NUM_MINIMA, ROWS = 128, 4
+BANDS = NUM_MINIMA // ROWS
+_BIN_BITS = 7
+_ALL_PAIRS = 256
+"""Documents of a bucket up to which every pair is compared; beyond it, each with the first few and its neighbour."""
+
+
+def _lower_table() -> NDArray[np.uint8]:
+    table = np.arange(256, dtype=np.uint8)
+    table[ord("A") : ord("Z") + 1] += 32
+    table[[9, 10, 11, 12, 13]] = 32
+    return table
+
+
+_LOWER = _lower_table()
+
+
+def _probe_table(attempts: int = 256) -> NDArray[np.int64]:
+    cells = np.arange(attempts * NUM_MINIMA, dtype=np.uint64)
+    return (mix64(cells) % np.uint64(NUM_MINIMA)).astype(np.int64).reshape(attempts, NUM_MINIMA)
+
+
+_PROBES = _probe_table()
+
+
+def normalise(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the bytes with ASCII letters lower-cased and each run of white space as one space, none at the ends."""
+    plain = _LOWER[raw]
+    space = plain == 32
+    keep = ~space
+    keep[1:] |= ~space[:-1]
+    plain = plain[keep]
+    return plain[1:] if len(plain) and plain[0] == 32 else plain
+
+
+def signature(raw: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Return the MinHash signature of one document's bytes: [NUM_MINIMA].
+
+    One permutation: the hashes of the shingles fall into NUM_MINIMA bins by their top bits, and each bin keeps
+    its smallest. An empty bin borrows from the bin that a fixed sequence of probes meets first, which
+    keeps the share of equal entries an unbiased estimate of the Jaccard similarity.
+    """
+    plain = normalise(raw)
+    if len(plain) < SHINGLE:
+        plain = np.concatenate([plain, np.zeros(SHINGLE - len(plain), dtype=np.uint8)])
+    hashes = np.sort(shingle_hashes(plain, SHINGLE))
+    edges = np.arange(NUM_MINIMA, dtype=np.uint64) << np.uint64(64 - _BIN_BITS)
+    first = np.minimum(np.searchsorted(hashes, edges), len(hashes) - 1)
+    minima = hashes[first]
+    filled = (minima >> np.uint64(64 - _BIN_BITS)) == np.arange(NUM_MINIMA, dtype=np.uint64)
+    if not filled.all():
+        minima = _densify(minima, filled)
+    return minima
+
+
+def _densify(minima: NDArray[np.uint64], filled: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    minima, open_bins = minima.copy(), np.flatnonzero(~filled)
+    for probes in _PROBES:
+        donors = probes[open_bins]
+        good = filled[donors]
+        minima[open_bins[good]] = minima[donors[good]]
+        open_bins = open_bins[~good]
+        if not len(open_bins):
+            return minima
+    minima[open_bins] = minima[np.flatnonzero(filled)[0]]
+    return minima
+
+
+def signatures(raw: NDArray[np.uint8], spans: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return the signature of each span (first byte, end byte) of `raw`: [documents, NUM_MINIMA]."""
+    result = np.empty((len(spans), NUM_MINIMA), dtype=np.uint64)
+    for number, (start, end) in enumerate(spans.tolist()):
+        result[number] = signature(np.asarray(raw[start:end]))
+    return result
+
+
+class _Sets:
+    """Union-find whose representative is the smallest member."""
+
+    def __init__(self, size: int) -> None:
+        self.parent = list(range(size))
+
+    def find(self, member: int) -> int:
+        root = member
+        while self.parent[root] != root:
+            root = self.parent[root]
+        while self.parent[member] != root:
+            self.parent[member], member = root, self.parent[member]
+        return root
+
+    def join(self, one: int, other: int) -> None:
+        low, high = sorted((self.find(one), self.find(other)))
+        self.parent[high] = low
+
+
+def clusters(minima: NDArray[np.uint64], threshold: float = THRESHOLD) -> NDArray[np.int64]:
+    """Return for each document the number of the first document of its cluster: int64 [documents].
+
+    Near-duplicates of near-duplicates share a cluster (single linkage), so that no pair is ever parted.
+    """
+    sets = _Sets(len(minima))
+    for band in range(BANDS):
+        columns = minima[:, band * ROWS : (band + 1) * ROWS]
+        keys = np.zeros(len(minima), dtype=np.uint64)
+        for column in range(ROWS):
+            keys = mix64(keys ^ columns[:, column])
+        order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+        edges = np.flatnonzero(np.diff(ordered)) + 1
+        for bucket in np.split(order, edges) if len(order) else []:
+            if len(bucket) > 1:
+                _join_bucket(bucket, minima, threshold, sets)
+    return np.array([sets.find(member) for member in range(len(minima))], dtype=np.int64)
+
+
+def _join_bucket(
+    bucket: NDArray[np.int64], minima: NDArray[np.uint64], threshold: float, sets: _Sets
+) -> None:
+    wide = len(bucket) > _ALL_PAIRS
+    for place, member in enumerate(bucket[:-1].tolist()):
+        if wide and place >= 8:
+            others = bucket[place + 1 : place + 2]
+        else:
+            others = bucket[place + 1 :]
+        root = sets.find(member)
+        others = np.array([other for other in others.tolist() if sets.find(other) != root], dtype=np.int64)
+        if len(others):
+            alike = (minima[others] == minima[member]).mean(axis=1)
+            for other in others[alike >= threshold].tolist():
+                sets.join(member, other)
