@@ -1,0 +1,1 @@
+"""Figures of the report. Only this folder imports matplotlib, inside functions."""
