@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,8 +42,9 @@ class NextToken:
     z_weight: float = 0.0
 
     def __call__(self, output: ModelOutput, targets: Tensor) -> Loss:
-        """Return the Loss; `targets` [B, S] int64 is the token that follows each; cross-entropy is taken in fp32."""
-        task = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+        """Return the Loss; `targets` [B, S] int64 is the token that follows each; cross-entropy is taken in at least fp32."""
+        logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+        task = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         balance, z = balance_loss(output.stats), z_loss(output.stats)
         total = task
         if len(output.stats):

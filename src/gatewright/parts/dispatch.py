@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ def expert_capacity(capacity_factor: float, num_selected: int, num_tokens: int, 
 
     Differs: Switch Transformer eq 3 and ST-MoE omit K (for K = 1 the two agree).
     """
-    if not capacity_factor > 0:
+    if not (capacity_factor > 0 and math.isfinite(capacity_factor)):
         raise UserError(
             f"capacity_factor {capacity_factor}; allowed: above 0, or none for dropless; 1.0 has no head-room"
         )
-    # The product is rounded before the ceiling so that 1.1 * 10 / 1 is 11 places, not 12.
-    return math.ceil(round(capacity_factor * num_selected * num_tokens / num_experts, 9))
+    # The factor is read as the decimal that was written: in floats 1.1 * 50 is 55.00000000000001, which has the ceiling 56.
+    return math.ceil(Fraction(str(capacity_factor)) * num_selected * num_tokens / num_experts)
 
 
 def make_plan(assignment: Assignment, capacity: int | None = None) -> DispatchPlan:

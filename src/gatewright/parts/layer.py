@@ -69,6 +69,11 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, capture: bool = False) -> tuple[Tensor, Stats]:
         """Return (y, Stats). `mask` [...] bool: False = padding, which takes no capacity, enters no statistic and gets 0."""
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
+            raise UserError(
+                f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}; allowed: torch.bool {tuple(x.shape[:-1])}; "
+                "give one truth value per token"
+            )
         flat = x.reshape(-1, x.shape[-1])
         flat_mask = None if mask is None else mask.reshape(-1)
         if flat_mask is not None:
@@ -104,9 +109,11 @@ def _record(
     capture: bool,
 ) -> RouterStats:
     """Reduce one call to its sufficient statistics."""
-    lse = torch.logsumexp(logits.float(), dim=-1)
-    finite = torch.isfinite(lse)
-    wide_scores = scores.float()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    lse = torch.logsumexp(logits.to(wide), dim=-1)
+    # Not from lse: a lone -inf among the logits vanishes there.
+    finite = torch.isfinite(logits).all(dim=-1)
+    wide_scores = scores.to(wide)
     if mask is not None:
         wide_scores = torch.where(mask.unsqueeze(-1), wide_scores, 0)
         lse = torch.where(mask, lse, 0)
