@@ -1,7 +1,8 @@
 """Mixtral of Experts (Jiang et al. 2024, arXiv 2401.04088).
 
-Every feed-forward layer of a decoder becomes E SwiGLU experts; a linear router sends each token to its K best and weighs them by a
-softmax over the chosen logits, so the weights sum to 1. No capacity, nothing dropped, no shared expert.
+Every feed-forward layer of a decoder becomes E SwiGLU experts; a linear router sends each token to its K best
+and weighs them by a softmax over the chosen logits, so the weights sum to 1. No capacity, nothing dropped, no
+shared expert.
 
 Equations: section 2.1, G(x) = Softmax(TopK(x W_g)); y = sum_i G(x)_i SwiGLU_i(x).
 """
@@ -95,7 +96,7 @@ def objective(settings: Settings) -> NextToken:
 
 
 DEVIATIONS: tuple[str, ...] = (
-    "The paper states no training recipe. The balance loss and its weight are ours: 0.01 in the default, the public configuration's 0.02 "
-    "(in another convention: f summing to K and layers pooled) in the published sizes.",
-    "Initialisation is ours (normal, std fan_in ** -0.5): the paper names none.",
+    "The paper states no training recipe. The balance loss and its weight are ours: 0.01 in the default; in the "
+    "published sizes the public configuration's 0.02, which stands there in another convention (docs/conventions.md).",
+    "Initialisation is ours (normal, std fan_in ** -0.5, embeddings width ** -0.5): the paper names none.",
 )

@@ -1,0 +1,21 @@
+"""One file per milestone, and the registry that finds them; a paper file never imports another."""
+
+from gatewright.papers.registry import (
+    PaperInfo,
+    all_papers,
+    get_paper,
+    paper_info,
+    published,
+    published_names,
+    wired_papers,
+)
+
+__all__ = [
+    "PaperInfo",
+    "all_papers",
+    "get_paper",
+    "paper_info",
+    "published",
+    "published_names",
+    "wired_papers",
+]
