@@ -40,7 +40,7 @@ class Model:
 
 
 def parse(*argv: str, toml: Path | None = None) -> tuple[Run, Model]:
-    run, model = settings_from(argv, Run, Model, prog="gatewright train", toml=toml, ignore=["paper"])
+    run, model = settings_from(argv, Run, Model, prog="gatewright train", toml=toml, hidden=["paper"])
     return run, model
 
 
@@ -188,13 +188,11 @@ def test_two_settings_classes_may_not_share_a_flag():
 
 
 def test_common_flags_are_taken_out_wherever_they_stand():
-    common, rest = split_common(
-        ["mixtral", "--json", "--num-experts", "4", "--threads", "2", "--from", "a.toml"]
-    )
-    assert (common.json, common.debug, common.threads, common.from_) == (True, False, 2, Path("a.toml"))
-    assert rest == ["mixtral", "--num-experts", "4"]
-    common, rest = split_common(["--json", "mixtral", "--threads=3", "olmoe", "--help"])
-    assert (common.json, common.threads, rest) == (True, 3, ["mixtral", "olmoe", "--help"])
+    common, rest = split_common(["mixtral", "--json", "--num-experts", "4", "--from", "a.toml", "--x"])
+    assert (common.json, common.debug, common.from_) == (True, False, Path("a.toml"))
+    assert rest == ["mixtral", "--num-experts", "4", "--x"]
+    common, rest = split_common(["--json", "mixtral", "--from=b.toml", "olmoe", "--help"])
+    assert (common.json, common.from_, rest) == (True, Path("b.toml"), ["mixtral", "olmoe", "--help"])
     assert split_common(["--num-experts", "4", "8"])[1] == ["--num-experts", "4", "8"]
 
 
@@ -220,6 +218,19 @@ def test_help_lists_every_flag_with_its_default():
     ):
         assert words in text, words
     assert "--from_" not in text
+    assert "-h," not in text
+
+
+def test_a_hidden_field_is_no_flag_and_its_key_is_skipped(tmp_path: Path):
+    path = written(tmp_path, "minutes = 3\nresume = true\n")
+    (run,) = settings_from([], Run, prog="gatewright train", toml=path, hidden=["minutes"])
+    assert run == Run(resume=True)
+    with pytest.raises(UserError, match="unknown flag --minutes"):
+        settings_from(["--minutes", "3"], Run, prog="gatewright train", hidden=["minutes"])
+    with pytest.raises(HelpAsked) as page:
+        settings_from(["--help"], Run, prog="gatewright train", hidden=["minutes"])
+    assert "--minutes" not in str(page.value)
+    assert "--resume" in str(page.value)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gatewright.cli import COMMANDS, main
-from gatewright.cli.run import Outcome, command, run_command
+from gatewright.cli.run import Outcome, command, prepare_process, run_command
 from gatewright.errors import RunFailure, UserError
 
 
@@ -80,20 +80,30 @@ def test_text_is_printed_when_json_is_not_asked(capsys):
     assert capsys.readouterr().out == "a table\n"
 
 
-def test_threads_below_one_are_refused_and_a_count_is_set(capsys):
+def test_threads_below_zero_are_refused_and_a_count_is_set(monkeypatch):
     import torch
 
-    def work(argv, common) -> Outcome:
-        return Outcome({"threads": torch.get_num_threads()}, "")
-
+    kept: list[bool] = []
+    monkeypatch.setattr("gatewright.training.allocator.keep_big_blocks", lambda: kept.append(True))
     before = torch.get_num_threads()
     try:
-        assert command(["--threads", "0"], work) == 2
-        assert "--threads is 0" in capsys.readouterr().err
-        assert command(["--threads", "2", "--json"], work) == 0
-        assert json.loads(capsys.readouterr().out) == {"threads": 2}
+        with pytest.raises(UserError, match=r"--threads -1; allowed: 1 or more, or 0"):
+            prepare_process(-1)
+        prepare_process(before + 1)
+        assert torch.get_num_threads() == before + 1
+        prepare_process()
+        assert torch.get_num_threads() == before + 1
+        assert len(kept) == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_command_gets_the_common_flags_and_the_rest(capsys):
+    def work(argv, common) -> Outcome:
+        return Outcome({"argv": argv, "json": common.json}, "")
+
+    assert command(["a", "--json", "--b", "c"], work) == 0
+    assert json.loads(capsys.readouterr().out) == {"argv": ["a", "--b", "c"], "json": True}
 
 
 def test_unknown_command_and_flag_say_what_was_meant(capsys):

@@ -44,13 +44,13 @@ def flag(field: str) -> str:
     return field.strip("_").replace("_", "-")
 
 
-def settings_table(owners: Iterable[type]) -> dict[str, Setting]:
+def settings_table(owners: Iterable[type], hidden: Sequence[str] = ()) -> dict[str, Setting]:
     """Return every flag of the dataclasses. Raises TypeError when two of them claim the same word."""
     table: dict[str, Setting] = {}
     for owner in owners:
         hints = typing.get_type_hints(owner, include_extras=True)
         for field in dataclasses.fields(owner):
-            if not field.init:
+            if not field.init or field.name in hidden:
                 continue
             name = flag(field.name)
             if name in table:
@@ -64,7 +64,7 @@ def settings_from(
     *owners: Any,
     prog: str,
     toml: Path | None = None,
-    ignore: Sequence[str] = (),
+    hidden: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """Return one settings object per owner, from a TOML file and flags.
 
@@ -72,17 +72,17 @@ def settings_from(
         owners: frozen dataclasses, or instances of them, which then are the defaults.
         prog: the command as the user typed it ("gatewright train"); every message points to its --help.
         toml: file read before the flags; tables in it only group, keys are field names or flags.
-        ignore: keys of the file that another door reads (such as the paper's name).
+        hidden: fields that the command fills itself (the paper's id): no flags, skipped in the file.
 
     Raises:
         UserError: unknown flag or key, missing or wrong value, or what a dataclass's own check refuses.
         HelpAsked: with the help text, for --help.
     """
     bases = [owner() if isinstance(owner, type) else owner for owner in owners]
-    table = settings_table([type(base) for base in bases])
+    table = settings_table([type(base) for base in bases], hidden)
     if "--help" in argv or "-h" in argv:
-        raise HelpAsked(help_text(bases, prog))
-    given = [*(_from_toml(toml, table, prog, ignore) if toml else ()), *_from_flags(argv, table, prog)]
+        raise HelpAsked(help_text(bases, prog, hidden))
+    given = [*(_from_toml(toml, table, prog, hidden) if toml else ()), *_from_flags(argv, table, prog)]
     changes: dict[type, dict[str, Any]] = {type(base): {} for base in bases}
     for item in given:
         changes[item.setting.owner][item.setting.field] = _convert(item, prog)
@@ -143,10 +143,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     return flat
 
 
-def _from_toml(path: Path, table: dict[str, Setting], prog: str, ignore: Sequence[str]) -> list[Given]:
+def _from_toml(path: Path, table: dict[str, Setting], prog: str, hidden: Sequence[str]) -> list[Given]:
     given = []
     for key, value in read_toml(path).items():
-        if flag(key) in map(flag, ignore):
+        if flag(key) in map(flag, hidden):
             continue
         setting = table.get(flag(key))
         if setting is None:
@@ -180,7 +180,7 @@ def _from_flags(argv: Sequence[str], table: dict[str, Setting], prog: str) -> li
             if setting is None and name.startswith("no-") and _is_switch(table.get(name[3:])):
                 setting, has_value, value = table[name[3:]], "=", "false"
             if setting is None or not word.startswith("--"):
-                near = _near(f"--{name}", [f"--{known}" for known in table])
+                near = _near(f"--{name}", [f"--{known}" for known in [*table, *settings_table([Common])]])
                 raise UserError(
                     f"unknown flag {word.partition('=')[0]}; {near}`{prog} --help` lists every flag"
                 )
@@ -269,19 +269,30 @@ def allowed(hint: Any) -> str:
     return ", or ".join(told)
 
 
-def help_text(bases: Sequence[Any], prog: str) -> str:
+def help_text(bases: Sequence[Any], prog: str, hidden: Sequence[str] = ()) -> str:
     """Return the help of a command: the flags of each settings class, then those of every command."""
-    import tyro
-
     parts = [f"usage: {prog} [options]"]
     for base in [*(base for base in bases if not isinstance(base, Common)), Common()]:
-        page = io.StringIO()
-        with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-            tyro.cli(type(base), default=base, args=["--help"])
-        # What follows the rule under the heading "options", less tyro's own -h row.
-        rows = [row.rstrip()[1:] for row in page.getvalue().partition("--- \n")[2].splitlines()]
-        rows = [row for row in rows if row and "show this help message" not in row]
-        # tyro names the field of a Python keyword as it is spelt; the flag has no underscore.
-        rows = [row.replace("--from_ ", "--from  ") for row in rows]
-        parts += ["", (type(base).__doc__ or "").strip().partition("\n")[0], *rows]
+        shown = [row for name, rows in _help_rows(base) if name not in map(flag, hidden) for row in rows]
+        parts += ["", (type(base).__doc__ or "").strip().partition("\n")[0], *shown]
     return "\n".join(parts)
+
+
+def _help_rows(base: Any) -> list[tuple[str, list[str]]]:
+    """Return (flag, its lines) as tyro words them, for each field of one settings object."""
+    import tyro
+
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        tyro.cli(type(base), default=base, args=["--help"])
+    blocks: list[tuple[str, list[str]]] = []
+    # The flags follow the rule under the heading "options"; the first is tyro's own -h.
+    for row in page.getvalue().partition("--- \n")[2].splitlines():
+        text = row.strip()
+        if text.startswith("--"):
+            # tyro names the field of a Python keyword as it is spelt; the flag has no underscore.
+            row = row.replace("--from_ ", "--from  ")
+            blocks.append((flag(text.split()[0].strip("-,")), []))
+        if blocks and text:
+            blocks[-1][1].append(row.rstrip())
+    return blocks

@@ -27,8 +27,6 @@ class Common:
     """print the result as one JSON object on stdout"""
     debug: bool = False
     """on failure print the whole traceback"""
-    threads: int | None = None
-    """CPU threads for torch; none = leave torch's own choice"""
     from_: Path | None = None
     """read settings from this TOML file; flags given beside it win"""
 
@@ -122,26 +120,31 @@ def _explain(error: Exception) -> int:
 
 
 def command(argv: list[str], work: Callable[[list[str], Common], Outcome]) -> int:
-    """Run one command: take the common flags out of `argv`, set the threads, hand the rest to `work`."""
+    """Run one command: take the common flags out of `argv`, hand the rest to `work`."""
     as_json, debug = "--json" in argv, "--debug" in argv
 
     def whole() -> Outcome:
         from .parse import split_common
 
         common, rest = split_common(argv)
-        if common.threads is not None:
-            set_threads(common.threads)
         return work(rest, common)
 
     return run_command(whole, as_json=as_json, debug=debug)
 
 
-def set_threads(count: int) -> None:
-    """Set torch's CPU threads for this process. Raises UserError below 1."""
+def prepare_process(threads: int = 0) -> None:
+    """Make this process ready for heavy work: torch's CPU threads (0 = its own choice), freed memory kept.
+
+    Both are process-wide, so a command does it, never the library. Raises UserError below 0.
+    """
     from ..errors import UserError
 
-    if count < 1:
-        raise UserError(f"--threads is {count}; it must be 1 or more; leave it out for torch's own choice")
+    if threads < 0:
+        raise UserError(f"--threads {threads}; allowed: 1 or more, or 0 for torch's own choice")
     import torch
 
-    torch.set_num_threads(count)
+    from ..training.allocator import keep_big_blocks
+
+    if threads:
+        torch.set_num_threads(threads)
+    keep_big_blocks()
