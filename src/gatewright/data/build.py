@@ -1,4 +1,4 @@
-"""The two steps of building a corpus: text with its clusters of near-duplicates, then the split and its tokens."""
+"""Building a corpus in two steps: text with its near-duplicate clusters, then the split and its tokens."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ BUILDER_VERSION = "1"
 """Changes whenever the same sources would give other documents, clusters, splits or tokens."""
 BPE_TEXT = 32_000_000
 """Bytes of training text, evenly from all of it, that a BPE is trained on."""
+ABOUT = "about.json"
 _BATCH = 256
 
 Progress = Callable[[str], None]
@@ -65,37 +66,34 @@ def build_text(folder: Path, sources: Sequence[Source], progress: Progress) -> d
     began = time.perf_counter()
     with TextWriter(folder, progress) as writer:
         for source in sources:
-            before, documents = writer.num_bytes, writer.size
-            writer.begin(source.name)
-            source.read(writer)
-            progress(
-                f"read {source.name}: {writer.size - documents} documents, "
-                f"{(writer.num_bytes - before) / 1e6:.1f} MB"
-            )
+            writer.read(source)
+        if not writer.size:
+            raise UserError(f"none of the sources of the default corpus can be read; run: {INSTALL}")
         store, exact = writer.finish()
-        notes = writer.notes
-    if not len(store.table):
-        raise UserError(
-            "the given paths hold no text; text, Markdown, source code and JSON lines are read; check them"
-        )
     progress(f"looking for near-duplicates in {len(store.table)} documents")
     store.table[:, 3] = clusters(signatures(store.raw, store.table[:, :2]))
     store.save()
     _, sizes = np.unique(store.table[:, 3], return_counts=True)
-    near = int((sizes - 1).sum())
-    progress(
-        f"{exact} exact duplicates dropped; {near} near-duplicates in {int((sizes > 1).sum())} clusters "
-        f"are kept on one side of the split ({time.perf_counter() - began:.0f} s)"
-    )
     counts = {
         "documents": len(store.table),
-        "exact_duplicates": exact,
-        "near_duplicates": near,
+        "exact_duplicates": sum(exact),
+        "near_duplicates": int((sizes - 1).sum()),
         "near_duplicate_clusters": int((sizes > 1).sum()),
         "largest_cluster": int(sizes.max()),
     }
-    (folder / "about.json").write_text(json.dumps({"counts": counts, "notes": notes}), encoding="utf-8")
-    return {"schema": "gatewright.text.v1", "domains": store.domains, "counts": counts, "notes": notes}
+    progress(
+        f"{counts['exact_duplicates']} exact duplicates dropped; {counts['near_duplicates']} near-duplicates "
+        f"in {counts['near_duplicate_clusters']} clusters stay on one side of the split "
+        f"({time.perf_counter() - began:.0f} s)"
+    )
+    about = {
+        "counts": counts,
+        "domain_exact_duplicates": dict(zip(store.domains, exact, strict=True)),
+        "notes": writer.notes,
+        "skipped": writer.skipped,
+    }
+    (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+    return {"schema": "gatewright.text.v1", "domains": store.domains, **about}
 
 
 def _bpe_sample(store: TextStore, training: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -104,7 +102,7 @@ def _bpe_sample(store: TextStore, training: NDArray[np.int64]) -> NDArray[np.int
 
 
 def _tokenizer(store: TextStore, training: NDArray[np.int64], given: str, progress: Progress) -> Tokenizer:
-    kind, value = parse_tokenizer(given)
+    _, value = parse_tokenizer(given)
     if isinstance(value, Path):
         return load_tokenizer(value)
     if isinstance(value, int):
@@ -119,27 +117,28 @@ def _tokenizer(store: TextStore, training: NDArray[np.int64], given: str, progre
 class _TokenFile:
     """A one-dimensional .npy that grows: numpy pads the header so that the length can be written last."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._file = open(path, "wb")
-        self.dtype, self.length = dtype, 0
-        self._header()
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by the context manager that this is
+        self._dtype, self.length = np.dtype("<u2" if vocab_size <= 65_536 else "<u4"), 0
+        self._write_header()
 
-    def _header(self) -> None:
+    def __enter__(self) -> _TokenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _write_header(self) -> None:
         self._file.seek(0)
-        about = {
-            "descr": np.lib.format.dtype_to_descr(self.dtype),
-            "fortran_order": False,
-            "shape": (self.length,),
-        }
+        about = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self._file, about)
 
     def write(self, ids: NDArray[np.int64]) -> None:
-        self._file.write(ids.astype(self.dtype).tobytes())
+        self._file.write(ids.astype(self._dtype).tobytes())
         self.length += len(ids)
 
-    def close(self) -> None:
-        self._header()
-        self._file.close()
+    def finish(self) -> None:
+        self._write_header()
 
 
 def _write_tokens(
@@ -147,16 +146,15 @@ def _write_tokens(
     store: TextStore,
     numbers: NDArray[np.int64],
     tokenizer: Tokenizer,
+    progress: Progress,
     *,
     lead: bool,
-    progress: Progress,
 ) -> NDArray[np.int64]:
     """Write the documents' ids, each followed by end of text; return where each one ends (after that id)."""
-    out = _TokenFile(path, np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4"))
     ends = np.empty(len(numbers), dtype=np.int64)
     end_of_text = np.array([tokenizer.eot], dtype=np.int64)
     told = time.perf_counter()
-    try:
+    with _TokenFile(path, tokenizer.vocab_size) as out:
         if lead:
             out.write(end_of_text)
         for first in range(0, len(numbers), _BATCH):
@@ -168,8 +166,7 @@ def _write_tokens(
             if time.perf_counter() - told > 5:
                 told = time.perf_counter()
                 progress(f"tokenised {first + len(batch)} of {len(numbers)} documents")
-    finally:
-        out.close()
+        out.finish()
     return ends
 
 
@@ -179,40 +176,34 @@ def build_tokens(
     """Split the text, make or load the tokenizer, and write the token files into `folder`."""
     held = hold_out(store, valid_bytes, seed)
     training = training_order(store, np.flatnonzero(~held), seed)
-    if not len(training):
-        raise UserError("no text is left for training after the split; give more text")
     made = _tokenizer(store, training, tokenizer, progress)
     (folder / "tokenizer.json").write_text(made.to_json(), encoding="utf-8")
-    np.save(
-        folder / "train-ends.npy",
-        _write_tokens(folder / "train.npy", store, training, made, lead=False, progress=progress),
-    )
+    ends = _write_tokens(folder / "train.npy", store, training, made, progress, lead=False)
+    np.save(folder / "train-ends.npy", ends)
+    np.save(folder / "train-documents.npy", training)
     train_bytes: dict[str, int] = {}
     valid_domain_bytes: dict[str, int] = {}
-    valid_documents: dict[str, list[int]] = {}
     for number, domain in enumerate(store.domains):
         inside = store.table[:, 2] == number
         numbers = np.flatnonzero(inside & held)
-        path = folder / f"valid-{number}.npy"
-        ends = _write_tokens(path, store, numbers, made, lead=True, progress=progress)
+        ends = _write_tokens(folder / f"valid-{number}.npy", store, numbers, made, progress, lead=True)
         np.save(folder / f"valid-{number}-starts.npy", np.concatenate([[1], ends]))
+        np.save(folder / f"valid-{number}-documents.npy", numbers)
         train_bytes[domain] = int(store.sizes[inside & ~held].sum())
         valid_domain_bytes[domain] = int(store.sizes[numbers].sum())
-        valid_documents[domain] = numbers.tolist()
         if valid_domain_bytes[domain] * len(store.domains) < valid_bytes:
             progress(
-                f"note: domain {domain} holds out {valid_domain_bytes[domain]} bytes for validation, less than "
-                f"its share of the {valid_bytes} asked for, because it is small"
+                f"note: domain {domain} is small: it holds out {valid_domain_bytes[domain]} bytes for "
+                f"validation, less than its share of {valid_bytes}"
             )
     files = sorted(path for path in folder.iterdir())
-    about = json.loads((store.folder / "about.json").read_text(encoding="utf-8"))
+    about = json.loads((store.folder / ABOUT).read_text(encoding="utf-8"))
     return {
         "schema": "gatewright.tokens.v1",
         "domains": store.domains,
         "tokenizer": made.name,
         "train_domain_bytes": train_bytes,
         "valid_domain_bytes": valid_domain_bytes,
-        "valid_documents": valid_documents,
         "fingerprint": digest(part for path in files for part in (path.name, file_digest(path))),
         **about,
     }

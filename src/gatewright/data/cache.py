@@ -20,7 +20,7 @@ Progress = Callable[[str], None]
 
 
 def cache_root(cache: str | Path | None = None) -> Path:
-    """Return the folder that corpora are kept in: `cache`, else $GATEWRIGHT_CACHE, else ~/.cache/gatewright."""
+    """Return the folder of built corpora: `cache`, else $GATEWRIGHT_CACHE, else ~/.cache/gatewright."""
     given = cache or os.environ.get("GATEWRIGHT_CACHE") or Path("~/.cache/gatewright")
     return Path(given).expanduser().absolute()
 
@@ -37,7 +37,7 @@ def _seal(about: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a built folder after checking every file; raise ValueError naming what is wrong."""
+    """Return a built folder's manifest after checking every file; raise ValueError naming what is wrong."""
     try:
         about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -68,7 +68,7 @@ def write_manifest(folder: Path, about: dict[str, Any]) -> None:
 def cached_folder(
     root: Path, kind: str, key: str, build: Callable[[Path], dict[str, Any]], progress: Progress
 ) -> tuple[Path, dict[str, Any]]:
-    """Return the folder for `key` and its manifest, calling `build(folder)` when there is none or it is damaged.
+    """Return the folder for `key` and its manifest, built by `build(folder)` when missing or damaged.
 
     `build` fills an empty folder and returns what the manifest is to say. The folder gets its name only when
     complete, so another process sees all of it or nothing. Raises RunFailure when it cannot be written.

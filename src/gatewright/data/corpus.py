@@ -24,10 +24,11 @@ VALID_BYTES = 512_000
 class ValidSet:
     """The held-out text of one domain.
 
-    `tokens` [n] starts with the end-of-text id, and each document is followed by one. Bits per byte of the set is
-    sum over i >= 1 of -log2 p(tokens[i] | tokens before it in its window), divided by `num_bytes`: the true number of
-    UTF-8 bytes of the text, so that tokenizers compare. (The ends of text are predicted too and cost bits, but
-    are no bytes.) `starts` [num_documents + 1] holds the place of each document's first token, and len(tokens).
+    `tokens` [n] starts with the end-of-text id, and each document is followed by one. Bits per byte of the
+    set is the sum over i >= 1 of -log2 p(tokens[i] | tokens before it in its window), divided by `num_bytes`:
+    the true number of UTF-8 bytes of the text, so that tokenizers compare. (The ends of text are predicted
+    too and cost bits, but are no bytes.) `starts` [num_documents + 1] holds the place of each document's
+    first token, then len(tokens).
     """
 
     domain: str
@@ -67,7 +68,6 @@ class Corpus:
         self.notes: tuple[str, ...] = tuple(about["notes"])
         self.counts: dict[str, int] = dict(about["counts"])
         self._texts = texts
-        self._valid_documents: dict[str, list[int]] = about["valid_documents"]
         self._train_ends: NDArray[np.int64] = np.load(folder / "train-ends.npy", mmap_mode="r")
         self._train: NDArray[np.generic] = np.load(folder / "train.npy", mmap_mode="r")
 
@@ -95,8 +95,8 @@ class Corpus:
     def stream(self, batch_size: int, context: int, *, seed: int = 0, fraction: float = 1.0) -> TokenStream:
         """Return the training stream over the first `fraction` (0 < fraction <= 1) of the training documents.
 
-        The documents' order does not depend on `fraction` or `seed`, so the text of 1 % is part of that of 10 %, and
-        every prefix holds about the same share of each domain. `seed` orders the windows.
+        The documents' order does not depend on `fraction` or `seed`, so the text of 1 % is part of that of
+        10 %, and every prefix holds about the same share of each domain. `seed` orders the windows.
         """
         if not 0 < fraction <= 1:
             raise UserError(
@@ -113,10 +113,10 @@ class Corpus:
                 f"{did_you_mean(domain, self.domains) or '; choose one of them'}"
             )
         number = self.domains.index(domain)
-        documents = self._valid_documents[domain]
+        documents = np.load(self.folder / f"valid-{number}-documents.npy")
 
         def read_text(place: int) -> str:
-            return self._texts().bytes_of(documents[place]).decode("utf-8")
+            return self._texts().bytes_of(int(documents[place])).decode("utf-8")
 
         return ValidSet(
             domain,
@@ -146,7 +146,8 @@ def open_corpus(
         seed: draws the documents that are held out, and the order of the others.
         progress: called with a line at a time while building.
     Raises:
-        UserError: for a path that is missing, empty or no text, and for too little text. RunFailure: full disk.
+        UserError: for a path that is missing, empty or no text, and for too little text.
+        RunFailure: when the cache cannot be written (full disk).
     """
     report = progress or (lambda line: None)
     if valid_bytes < 1:
@@ -160,6 +161,9 @@ def open_corpus(
         report(line)
     text_key = key_of(sources)
     opened: list[TextStore] = []
+
+    def build_store(at: Path) -> dict[str, Any]:
+        return build_text(at, sources, report)
 
     def texts() -> TextStore:
         if not opened:
@@ -175,4 +179,4 @@ def open_corpus(
 
     key = key_of(sources, tokenizer, valid_bytes, seed)
     place, about = cached_folder(root, "tokens", key, build, report)
-    return Corpus(place, {**about, "skipped": missing}, texts)
+    return Corpus(place, {**about, "skipped": [*missing, *about["skipped"]]}, texts)

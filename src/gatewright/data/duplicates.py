@@ -1,9 +1,9 @@
-"""Near-duplicate documents, found by MinHash signatures and locality-sensitive hashing, and joined into clusters.
+"""Near-duplicate documents: MinHash signatures, locality-sensitive hashing, clusters.
 
-Two documents are near-duplicates when the Jaccard similarity of their sets of 32-byte shingles (letters lower-cased,
-white space as one space) is estimated at 0.6 or more. The estimate counts the equal ones of 128 minima, so its
-standard error at 0.6 is 0.043; pairs are looked up in 32 bands of 4 minima, which finds a pair of
-similarity 0.6 with probability 0.99 and one of 0.7 with 0.9998.
+Two documents are near-duplicates when the Jaccard similarity of their sets of 32-byte shingles (letters
+lower-cased, white space as one space) is estimated at 0.6 or more. The estimate counts the equal ones of 128
+minima, so its standard error at 0.6 is 0.043; pairs are looked up in 32 bands of 4 minima, which meet for a
+pair of similarity 0.6 with probability 0.99 and of 0.7 with 0.9998.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NUM_MINIMA, ROWS = 128, 4
 BANDS = NUM_MINIMA // ROWS
 _BIN_BITS = 7
 _ALL_PAIRS = 256
-"""Documents of a bucket up to which every pair is compared; beyond it, each with the first few and its neighbour."""
+"""Bucket size up to which every pair is compared; beyond it, each with the first few and its neighbour."""
 
 
 def _lower_table() -> NDArray[np.uint8]:
@@ -41,20 +41,21 @@ _PROBES = _probe_table()
 
 
 def normalise(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the bytes with ASCII letters lower-cased and each run of white space as one space, none at the ends."""
+    """Return the bytes with ASCII letters lower-cased and each run of white space as one space."""
     plain = _LOWER[raw]
     space = plain == 32
     keep = ~space
     keep[1:] |= ~space[:-1]
     plain = plain[keep]
-    return plain[1:] if len(plain) and plain[0] == 32 else plain
+    lead = 1 if len(plain) and plain[0] == 32 else 0
+    return np.ascontiguousarray(plain[lead:])
 
 
 def signature(raw: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Return the MinHash signature of one document's bytes: [NUM_MINIMA].
 
-    One permutation: the hashes of the shingles fall into NUM_MINIMA bins by their top bits, and each bin keeps
-    its smallest. An empty bin borrows from the bin that a fixed sequence of probes meets first, which
+    One permutation: the hashes of the shingles fall into NUM_MINIMA bins by their top bits, and each bin
+    keeps its smallest. An empty bin borrows from the bin that a fixed sequence of probes meets first, which
     keeps the share of equal entries an unbiased estimate of the Jaccard similarity.
     """
     plain = normalise(raw)

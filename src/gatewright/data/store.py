@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 TEXT, TABLE, NAMES = "text.bin", "documents.npy", "names.json"
-_COLUMNS = ("start", "end", "domain", "cluster")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A domain to read: `identity` changes when its content does, `read` hands its documents to the writer."""
+    """A domain to read: `identity` changes with its content, `read` hands its documents to the writer."""
 
     name: str
     identity: tuple[str, ...]
@@ -30,8 +29,9 @@ class TextWriter:
     def __init__(self, folder: Path, progress: Callable[[str], None]) -> None:
         self.progress = progress
         self.notes: list[str] = []
+        self.skipped: list[str] = []
         self.domains: list[str] = []
-        self._file = open(folder / TEXT, "wb")
+        self._file = open(folder / TEXT, "wb")  # noqa: SIM115 - the writer is the context manager
         self._folder = folder
         self._ends: list[int] = [0]
         self._domain: list[int] = []
@@ -49,9 +49,21 @@ class TextWriter:
         self.notes.append(line)
         self.progress(line)
 
-    def begin(self, domain: str) -> None:
-        """Make `domain` the one that the next documents belong to."""
-        self.domains.append(domain)
+    def skip(self, line: str) -> None:
+        """Keep one line that says which domain is missing and why, and show it."""
+        self.skipped.append(line)
+        self.progress(line)
+
+    def read(self, source: Source) -> None:
+        """Read one source as the next domain; one that turns out to hold nothing is no domain."""
+        documents, before = self.size, self.num_bytes
+        self.domains.append(source.name)
+        source.read(self)
+        if self.size == documents:
+            self.domains.pop()
+            return
+        added = (self.num_bytes - before) / 1e6
+        self.progress(f"read {source.name}: {self.size - documents} documents, {added:.1f} MB")
 
     @property
     def size(self) -> int:
@@ -80,35 +92,28 @@ class TextWriter:
         self._file.seek(self._ends[-1])
         self._file.truncate()
 
-    def finish(self) -> tuple[TextStore, int]:
-        """Return the store of distinct documents and the number of exact duplicates dropped from it."""
+    def finish(self) -> tuple[TextStore, list[int]]:
+        """Return the store of distinct documents and, per domain, how many exact duplicates were dropped."""
         self._file.close()
-        first = {}
+        first: dict[bytes, int] = {}
         for number, key in enumerate(self._digests):
             first.setdefault(key, number)
         kept = np.array(sorted(first.values()), dtype=np.int64)
         ends = np.array(self._ends, dtype=np.int64)
-        table = (
-            np.stack(
-                [
-                    ends[:-1][kept],
-                    ends[1:][kept],
-                    np.array(self._domain, dtype=np.int64)[kept],
-                    np.arange(len(kept)),
-                ],
-                axis=1,
-            )
-            if len(kept)
-            else np.empty((0, 4), dtype=np.int64)
-        )
+        domain = np.array(self._domain, dtype=np.int64)
+        columns = [ends[:-1][kept], ends[1:][kept], domain[kept], np.arange(len(kept), dtype=np.int64)]
         names = [self._names[number] for number in kept.tolist()]
-        store = TextStore(self._folder, tuple(self.domains), table, names)
-        return store, len(self._domain) - len(kept)
+        all_of, kept_of = (np.bincount(part, minlength=len(self.domains)) for part in (domain, domain[kept]))
+        store = TextStore(self._folder, tuple(self.domains), np.stack(columns, axis=1), names)
+        return store, (all_of - kept_of).tolist()
 
 
 @dataclass
 class TextStore:
-    """Documents as rows of `table` int64 [documents, 4]: first byte, end byte, domain, cluster of near-duplicates."""
+    """Documents as rows of `table` int64 [documents, 4]: first byte, end byte, domain, cluster.
+
+    A cluster of near-duplicates is named by the number of its first document.
+    """
 
     folder: Path
     domains: tuple[str, ...]

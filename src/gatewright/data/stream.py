@@ -1,4 +1,4 @@
-"""The training stream: fixed windows of packed tokens, visited in a new order each epoch by one integer cursor."""
+"""The training stream: fixed windows of packed tokens, in a new order each epoch, driven by one integer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ class TokenStream:
     """Batches of `context + 1` tokens as a pure function of the batch index.
 
     The training documents lie in one fixed shuffled order, each followed by an end-of-text id. Window w is
-    the tokens [w * context, w * context + context], so that each token is predicted once an epoch. Sample
-    number n of the run is window permutation(seed, n // num_windows)[n % num_windows], and batch i holds the
-    samples [i * batch_size, (i + 1) * batch_size): nothing else is remembered, so the index is the whole state.
+    the tokens [w * context, w * context + context], so that a token is predicted once an epoch (of the
+    last, incomplete window none is). Sample n of the run is window permutation(seed, n // num_windows) at
+    n % num_windows, and batch i holds the samples from i * batch_size on: nothing else is remembered, so
+    the index is the whole state.
     """
 
     def __init__(self, tokens: NDArray[np.generic], batch_size: int, context: int, seed: int = 0) -> None:
@@ -58,11 +59,12 @@ class TokenStream:
     def batch(self, index: int) -> NDArray[np.int64]:
         """Return batch `index`: int64 [batch_size, context + 1]; inputs are [:, :-1] and targets [:, 1:]."""
         starts = self.windows(index) * self.context
-        return self._tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)
+        places = starts[:, None] + np.arange(self.context + 1)
+        return np.asarray(self._tokens[places], dtype=np.int64)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._permutations:
-            # A batch touches two epochs at its most, unless it is larger than the text; keep no more than two.
+            # A batch touches two epochs, unless it is larger than the text; keep no more than two or three.
             for old in [number for number in self._permutations if abs(number - epoch) > 1]:
                 del self._permutations[old]
             self._permutations[epoch] = permutation(self.num_windows, self.seed, epoch)

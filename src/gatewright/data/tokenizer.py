@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ class ByteTokenizer:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Return character -> byte of the byte-level alphabet: printable Latin-1 stands for itself, the rest is moved up."""
+    """Return character -> byte of the byte-level alphabet: printable Latin-1 is itself, the rest moved up."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in set(kept)]
     return {chr(byte): byte for byte in kept} | {chr(256 + place): byte for place, byte in enumerate(moved)}
@@ -100,8 +100,8 @@ class JsonTokenizer:
     """A tokenizer.json of the `tokenizers` library, with the bytes that each id stands for.
 
     For a byte-level vocabulary the bytes are exact. For others they are read off the piece: "▁" is a space,
-    "<0x0A>" one byte, a leading "##" nothing; a normaliser that changes the text makes that approximate, and so
-    bits per byte is always taken over the true bytes of the text (`ValidSet.num_bytes`), never over this table.
+    "<0x0A>" one byte, a leading "##" nothing; a normaliser that changes the text makes that approximate, so
+    bits per byte is taken over the true bytes of the text (`ValidSet.num_bytes`), never over this table.
     """
 
     def __init__(self, inner: Any, name: str) -> None:
@@ -121,7 +121,9 @@ class JsonTokenizer:
         special = {index for index, token in inner.get_added_tokens_decoder().items() if token.special}
         self._raw = self._piece_bytes(vocabulary, special | {self.eot})
         self.byte_lengths: NDArray[np.int32] = np.array([len(raw) for raw in self._raw], dtype=np.int32)
-        self._names = {index: piece for piece, index in vocabulary.items() if index in special | {self.eot}}
+        self._names = {self.eot: END_OF_TEXT} | {
+            index: piece for piece, index in vocabulary.items() if index in special | {self.eot}
+        }
 
     def _piece_bytes(self, vocabulary: dict[str, int], special: set[int]) -> list[bytes]:
         settings = json.loads(self._inner.to_str())
@@ -142,7 +144,7 @@ class JsonTokenizer:
         return raw
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """Return the ids of the text: int64 [num_ids]; no special id is added. A lone surrogate becomes "?"."""
+        """Return the ids of the text: int64 [num_ids], no special id added; a lone surrogate becomes "?"."""
         return self.encode_documents([text])[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
@@ -154,7 +156,7 @@ class JsonTokenizer:
     def decode(self, ids: ArrayLike) -> str:
         """Return the text; ends of text are left out, a character cut in two becomes U+FFFD."""
         flat = _flat(ids)
-        return self._inner.decode(flat[flat != self.eot].tolist(), skip_special_tokens=True)
+        return str(self._inner.decode(flat[flat != self.eot].tolist(), skip_special_tokens=True))
 
     def pieces(self, ids: ArrayLike) -> list[str]:
         """Return a printable piece for each id."""
@@ -174,7 +176,7 @@ class JsonTokenizer:
         Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
 
 
-def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int) -> JsonTokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """Return a byte-level BPE of at most `vocab_size` ids (end of text included) trained on the texts."""
     check_bpe_size(vocab_size)
     from tokenizers import Tokenizer as Inner
@@ -221,8 +223,12 @@ def parse_tokenizer(given: str) -> tuple[str, int | Path | None]:
     return "file", path
 
 
+def _unusable(name: str, reason: str) -> UserError:
+    return UserError(f"{name} is not a tokenizer.json ({reason}); --tokenizer {_CALL}; check the file")
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Return the tokenizer saved at `path`: ours, or any tokenizer.json. Raises UserError when it is neither."""
+    """Return the tokenizer saved at `path`: ours, or any tokenizer.json; raise UserError for others."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
