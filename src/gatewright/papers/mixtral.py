@@ -96,7 +96,7 @@ def objective(settings: Settings) -> NextToken:
 
 
 DEVIATIONS: tuple[str, ...] = (
-    "The paper states no training recipe. The balance loss and its weight are ours: 0.01 in the default; in the "
-    "published sizes the public configuration's 0.02, which stands there in another convention (docs/conventions.md).",
-    "Initialisation is ours (normal, std fan_in ** -0.5, embeddings width ** -0.5): the paper names none.",
+    "The paper states no training recipe. The balance loss and its weight are ours: 0.01 in the default; in "
+    "the published sizes the public configuration's 0.02, there in another convention: docs/conventions.md.",
+    "Initialisation is ours (normal, std fan_in ** -0.5): the paper names none.",
 )

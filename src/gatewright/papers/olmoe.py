@@ -94,6 +94,6 @@ def objective(settings: Settings) -> NextToken:
 
 
 DEVIATIONS: tuple[str, ...] = (
-    "The z-loss is averaged over layers; the paper's equation 4 is one layer's and does not say how they join.",
+    "The z-loss is averaged over layers; the paper's equation 4 is one layer's and leaves their sum open.",
     "The paper decays every parameter, embeddings and norms included; here the run's settings decide.",
 )

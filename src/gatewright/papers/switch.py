@@ -1,9 +1,9 @@
 """Switch Transformers (Fedus, Zoph and Shazeer, arXiv 2101.03961, JMLR 2022), as a decoder.
 
-Every other feed-forward layer becomes E experts of the dense layer's shape, and each token goes to the single
-best one, weighed by its raw router probability: that probability is what trains the router. An expert takes at
-most C tokens; a token beyond that passes by the residual path alone. A balance loss, weights drawn at a tenth
-of the usual variance and a router in fp32 keep training steady.
+Every other feed-forward layer becomes E experts of the dense layer's shape, and each token goes to the
+single best one, weighed by its raw router probability: that probability is what trains the router. An expert
+takes at most C tokens; a token beyond that passes by the residual path alone. A balance loss, weights drawn
+at a tenth of the usual variance and a router in fp32 keep training steady.
 
 Equations: 1, p(x) = softmax(W_r x); 2, y = p_i(x) E_i(x) with i = argmax p; 3, C = ceil(f T / E);
 4-6, loss per layer = alpha E sum_e f_e P_e.
@@ -57,8 +57,8 @@ class Settings:
 
 
 PUBLISHED: dict[str, Settings] = {
-    # Table 9's dimensions, one stack of them: totals are about half of the published encoder-decoders'. XXL takes
-    # the released configuration's 128 experts: with the table's 64 its 395B cannot be reached.
+    # Table 9's dimensions, one stack of them: totals are about half of the published encoder-decoders'.
+    # XXL takes the released configuration's 128 experts: the table's 64 cannot give its 395B.
     "switch-base-decoder": Settings(32128, 768, 12, 12, 64, 128, 2048, "every:2", 2048, "geglu", 1.25, 512),
     "switch-large-decoder": Settings(32128, 1024, 24, 16, 64, 128, 2816, "every:2", 2816, "geglu", 1.25, 512),
     "switch-xxl-decoder": Settings(32128, 4096, 24, 64, 64, 128, 10240, "every:2", 10240, "geglu", 1.25, 512),
