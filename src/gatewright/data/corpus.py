@@ -67,6 +67,7 @@ class Corpus:
         self.skipped: tuple[str, ...] = tuple(about["skipped"])
         self.notes: tuple[str, ...] = tuple(about["notes"])
         self.counts: dict[str, int] = dict(about["counts"])
+        self.exact_duplicates: dict[str, int] = dict(about["domain_exact_duplicates"])
         self._texts = texts
         self._train_ends: NDArray[np.int64] = np.load(folder / "train-ends.npy", mmap_mode="r")
         self._train: NDArray[np.generic] = np.load(folder / "train.npy", mmap_mode="r")
@@ -91,6 +92,18 @@ class Corpus:
     def train_tokens(self) -> int:
         """Tokens of training text, ends of text included."""
         return len(self._train)
+
+    def text_store(self) -> TextStore:
+        """Return the text itself, document by document."""
+        return self._texts()
+
+    def train_documents(self) -> NDArray[np.int64]:
+        """Return the numbers of the training documents in the stream's order: [documents]."""
+        return np.asarray(np.load(self.folder / "train-documents.npy"), dtype=np.int64)
+
+    def train_ends(self) -> NDArray[np.int64]:
+        """Return where each training document ends in the tokens, after its end-of-text id: [documents]."""
+        return np.asarray(self._train_ends, dtype=np.int64)
 
     def stream(self, batch_size: int, context: int, *, seed: int = 0, fraction: float = 1.0) -> TokenStream:
         """Return the training stream over the first `fraction` (0 < fraction <= 1) of the training documents.
