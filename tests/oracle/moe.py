@@ -1,7 +1,8 @@
 """A slow, independent Mixture-of-Experts layer: one token, one choice, one expert at a time.
 
-It judges the library, so it shares nothing with it: no sort, no gather, no softmax or logsumexp of torch's, Python lists of scalars
-and vectors instead of stacked tensors. Any floating dtype works (fp64 is meant), and autograd runs through all of it.
+It judges the library, so it shares nothing with it: no sort, no gather, no softmax or logsumexp of torch's,
+Python lists of scalars and vectors instead of stacked tensors. Any floating dtype works (fp64 is meant), and
+autograd runs through all of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Weights:
-    """One layer's weights: router [E, D]; per expert w_in [F or 2F, D] (gate rows first) and w_down [D, F]; the shared pair or none."""
+    """One layer's weights: router [E, D]; per expert w_in [F or 2F, D] (gate rows first) and w_down [D, F].
+
+    `shared_in`, `shared_down`: the shared expert's pair, or none.
+    """
 
     router: Tensor
     w_in: Tensor
@@ -27,7 +31,7 @@ class Weights:
 
 @dataclass
 class Record:
-    """What a router's statistics should say, as plain numbers and lists (the sums as 0-d tensors with gradient).
+    """What a router's statistics should say: plain numbers and lists, the sums as 0-d tensors with gradient.
 
     The lists from `logits` on hold one entry per token, empty for padding.
     """
@@ -48,6 +52,11 @@ class Record:
     held: list[list[bool]] = field(default_factory=list)
 
 
+def number(value: Tensor) -> float:
+    """Return a scalar's value, for comparisons."""
+    return value.detach().item()
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the scalar product of two vectors."""
     return (a * b).sum()
@@ -57,7 +66,7 @@ def exponentials(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Return exp(v - m) for each value, and m, their largest value as a constant."""
     largest = values[0].detach()
     for value in values[1:]:
-        if float(value) > float(largest):
+        if number(value) > number(largest):
             largest = value.detach()
     return [(value - largest).exp() for value in values], largest
 
@@ -87,7 +96,7 @@ def best(scores: list[Tensor], num_selected: int) -> list[int]:
     while len(picked) < num_selected:
         winner = left[0]
         for e in left[1:]:
-            if float(scores[e]) > float(scores[winner]):
+            if number(scores[e]) > number(scores[winner]):
                 winner = e
         picked.append(winner)
         left.remove(winner)
@@ -113,7 +122,7 @@ def gates(logits: list[Tensor], chosen: list[int], form: str) -> list[Tensor]:
 def act(name: str, h: Tensor) -> Tensor:
     """Return the activation of one hidden vector; gated ones take [2F], gate first."""
     if name == "relu":
-        return torch.stack([v if float(v) > 0 else v * 0 for v in h])
+        return torch.stack([v if number(v) > 0 else v * 0 for v in h])
     if name == "gelu":
         return 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
     half = h.shape[0] // 2
@@ -154,7 +163,8 @@ def moe_layer(
     if capacity_factor is not None:
         limit = capacity(capacity_factor, num_selected, sum(real), num_experts)
     zero = x.new_zeros(())
-    record = Record([0] * num_experts, [0] * num_experts, [0] * num_selected, [zero] * num_experts, zero, zero)
+    none = [0] * num_experts
+    record = Record(none, list(none), [0] * num_selected, [zero] * num_experts, zero, zero)
     rows = []
     for t in range(x.shape[0]):
         y = x.new_zeros(x.shape[1])
@@ -174,7 +184,7 @@ def moe_layer(
 def route(
     x: Tensor, router: Tensor, num_selected: int, form: str, limit: int | None, record: Record
 ) -> tuple[list[int], list[Tensor], list[bool]]:
-    """Return one token's experts, their weights and which of them had room, and write it all into the record."""
+    """Return one token's experts, their weights and which had room, and write it all into the record."""
     logits = [dot(row, x) for row in router]
     scores = softmax(logits)
     chosen = best(scores, num_selected)
@@ -189,7 +199,7 @@ def route(
     lse = log_sum_exp(logits)
     record.tokens += 1
     record.unrouted += not any(held)
-    record.nonfinite += any(not math.isfinite(float(logit)) for logit in logits)
+    record.nonfinite += any(not math.isfinite(number(logit)) for logit in logits)
     record.score_sums = [total + score for total, score in zip(record.score_sums, scores, strict=True)]
     record.logsumexp_sum = record.logsumexp_sum + lse
     record.logsumexp_square_sum = record.logsumexp_square_sum + lse * lse
@@ -213,7 +223,10 @@ def _note(
 
 
 def balance_loss(records: list[Record]) -> Tensor:
-    """Return the mean over routers of E sum_e f_e P_e, f_e = assignments of e over all assignments, P_e = mean score of e."""
+    """Return the mean over routers of E sum_e f_e P_e.
+
+    f_e = assignments of e over all assignments, P_e = mean score of e.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for record in records:
         num_experts, assignments = len(record.counts), sum(record.counts)
