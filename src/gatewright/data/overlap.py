@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gatewright.data.hashing import shingle_hashes
 
 WIDTH = 64
-"""Bytes of a shingle: about a line of text. Shorter ones are shared by chance, longer ones hide small edits."""
+"""Bytes of a shingle, about a line of text: shorter ones are shared by chance, longer ones hide edits."""
 _CHUNK = 1 << 22
 _FILTER_BITS = 22
 

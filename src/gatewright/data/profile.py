@@ -200,8 +200,8 @@ def _remarks(profile: DataProfile) -> list[str]:
         f"near-duplicates: {profile.near_duplicates:,} in {profile.near_duplicate_clusters:,} clusters, the "
         f"largest of {profile.largest_cluster:,}; a cluster is held out whole or not at all",
         f"  ({profile.near_duplicate_rule})",
-        f"overlap: {_percent(profile.overlap)} of the validation text's {profile.overlap_width}-byte shingles "
-        "occur in training text",
+        f"overlap: {_percent(profile.overlap)} of the validation text's "
+        f"{profile.overlap_width}-byte shingles occur in training text",
         *profile.skipped,
         *profile.notes,
     ]
