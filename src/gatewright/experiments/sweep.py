@@ -1,0 +1,111 @@
+"""Learning-rate sweeps: the same list for both sides, every run whole, the best of each side taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gatewright.errors import RunFailure, UserError
+from gatewright.experiments.race_run import RaceRun, Side, race_sides
+from gatewright.training.checkpoint import newest_checkpoint, save_checkpoint, write_atomic
+from gatewright.training.interrupt import stop_on_signals
+from gatewright.training.loop import prepare
+from gatewright.training.runlog import Progress
+from gatewright.training.trainer import Trainer
+from gatewright.training.workplace import environment, now
+
+Record = dict[str, Any]
+
+
+def best_rate(entries: Sequence[Record], kind: str) -> float:
+    """Return the learning rate of the lowest final bits per byte of `kind`.
+
+    Raises: UserError if it is at the end of its list: the list is then too short to know.
+    """
+    own = sorted((e for e in entries if e["kind"] == kind), key=lambda e: e["learning_rate"])
+    finite = [e for e in own if e["valid_bpb"] is not None]
+    best = min(finite, key=lambda e: e["valid_bpb"])
+    if best in (own[0], own[-1]):
+        raise UserError(
+            f"the best {kind} rate {best['learning_rate']} is at the end of its list; allowed: a list that goes on beyond the best; "
+            "add rates"
+        )
+    return float(best["learning_rate"])
+
+
+def sweep(
+    race: RaceRun, rates: Sequence[float], path: Path, kinds: Sequence[str] = ("dense", "sparse")
+) -> Record:
+    """Train every side of `race` (first seed) at every rate, and return and write the entries to `path`.
+
+    Each run is the side's own annealed run, alone; finished entries in `path` are kept, and a stopped run goes on from its checkpoint.
+    """
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"entries": []}
+    if record["entries"] and record["race"] != _race_settings(race):
+        raise UserError(f"{path} holds a sweep of other settings; move it away, or give another --out")
+    record |= {"schema": "gatewright.sweep.v1", "race": _race_settings(race), "rates": list(rates)}
+    record |= {"environment": environment(race.device), "created": now()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Progress("sweep") as progress, stop_on_signals() as stop:
+        corpus = prepare(race, progress.say)
+        for rate in rates:
+            for side in race_sides(race, race.first_seed):
+                done = {(e["name"], e["learning_rate"]) for e in record["entries"]}
+                if side.kind not in kinds or (side.name, rate) in done:
+                    continue
+                entry = _run_entry(side, rate, corpus, path.parent, progress, stop)
+                record["entries"].append(entry)
+                write_atomic(path, json.dumps(record, indent=1) + "\n")
+                progress.say(f"{side.name} at {rate:g}: {entry['valid_bpb']} bits per byte")
+    return record
+
+
+def _race_settings(race: RaceRun) -> Record:
+    free = {
+        "out",
+        "resume",
+        "threads",
+        "sparse_rate",
+        "dense_rate",
+        "seeds",
+        "checkpoint_every",
+        "keep_checkpoints",
+    }
+    own = {k: v for k, v in dataclasses.asdict(race).items() if k not in free}
+    plain: Record = json.loads(json.dumps(own))
+    return plain
+
+
+def _run_entry(side: Side, rate: float, corpus: Any, out: Path, progress: Progress, stop: Any) -> Record:
+    run = dataclasses.replace(side.run, learning_rate=rate, evaluations=1, ema=0.0)
+    folder = out / "sweep-checkpoints" / f"{side.name}-{rate:g}"
+    trainer = Trainer(run, corpus, side.name)
+    held = newest_checkpoint(folder, progress.say)
+    if held is not None:
+        trainer.restore(held)
+    entry: Record = {
+        "name": side.name,
+        "kind": side.kind,
+        "learning_rate": rate,
+        "seed": run.seed,
+        "tokens": run.tokens,
+    }
+    try:
+        while not trainer.done:
+            if stop:
+                save_checkpoint(folder, trainer.checkpoint(), 1)
+                raise RunFailure(f"stopped at {side.name}, rate {rate:g}; the same command goes on from here")
+            trainer.advance()
+            if trainer.step % run.log_every == 0:
+                loss = trainer.history.log[-1]["loss"]
+                progress.update(trainer.progress, f"{side.name} at {rate:g}: loss {loss:.3f}")
+            if trainer.step % run.checkpoint_every == 0:
+                save_checkpoint(folder, trainer.checkpoint(), 1)
+    except RunFailure as error:
+        if stop:
+            raise
+        return {**entry, "valid_bpb": None, "failed": str(error)}
+    return {**entry, "valid_bpb": trainer.evaluate().bits_per_byte, "seconds": trainer.seconds}

@@ -1,0 +1,129 @@
+"""Where a run writes what happens: JSON lines and TensorBoard always; a progress bar on a terminal, plain lines off it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from gatewright.training.history import History
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as "1:02:03" or "2:03"."""
+    whole = int(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def load_line(history: History) -> str:
+    """Return the latest expert load as "load max/mean 1.43, idle 0, dropped 0.0 %", over all routers; "" for a dense model."""
+    if not history.load:
+        return ""
+    latest = [shares[-1] for shares in history.load.values()]
+    worst = max(max(shares) * len(shares) for shares in latest)
+    idle = sum(share == 0 for shares in latest for share in shares)
+    dropped = max(values[-1] for values in history.dropped.values())
+    return f"load max/mean {worst:.2f}, idle {idle}, dropped {100 * dropped:.1f} %"
+
+
+class RunLog:
+    """Writes records of one model to OUT/log.jsonl and OUT/tensorboard."""
+
+    def __init__(self, out: Path, step: int = 0) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "log.jsonl"
+        kept = _lines_up_to(self.path, step)
+        self.path.write_text("".join(kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, record: dict[str, Any]) -> None:
+        """Add one record; `kind` is "step" or "evaluation"."""
+        self._file.write(json.dumps({"kind": kind, **record}) + "\n")
+        for key, value in record.items():
+            if (
+                key != "step"
+                and isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+            ):
+                self._board.add_scalar(f"{kind}/{key}", value, record["step"])
+        for domain, bits in record.get("domains", {}).items():
+            self._board.add_scalar(f"{kind}/bits per byte/{domain}", bits, record["step"])
+
+    def close(self) -> None:
+        """Flush both."""
+        self._file.close()
+        self._board.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """Lines of steps that the checkpoint knows: what a killed run logged after it will be logged again."""
+    if step == 0 or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    return kept
+
+
+class Progress:
+    """One line of state, redrawn on a terminal and printed every `every` seconds off it; always on stderr."""
+
+    def __init__(self, title: str, stream: TextIO | None = None, every: float = 10.0) -> None:
+        self.title, self.stream, self.every = title, stream or sys.stderr, every
+        self.live = self.stream.isatty()
+        self._last, self._started = -math.inf, time.monotonic()
+        self._start_share: float | None = None
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[state]}"),
+            )
+            self._bar = RichProgress(*columns, console=Console(file=self.stream))
+            self._task = self._bar.add_task(self.title, total=1.0, state="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def update(self, share: float, state: str) -> None:
+        """Show that `share` (0 to 1) is done; the time left is that at the pace since the start."""
+        now = time.monotonic()
+        if self._start_share is None:
+            self._start_share, self._started = share, now
+        done = share - self._start_share
+        left = (now - self._started) * (1 - share) / done if done > 0 else math.nan
+        state = f"{100 * share:5.1f} %  {state}" + ("" if math.isnan(left) else f"  left {duration(left)}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=share, state=state)
+        elif now - self._last >= self.every or share >= 1:
+            self._last = now
+            print(f"{self.title}: {state}", file=self.stream, flush=True)

@@ -1,0 +1,252 @@
+"""One model, its optimizer and its place in the token stream: what a run, and each side of a race, advances step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gatewright.backbones import Cost, count_cost
+from gatewright.data import Corpus
+from gatewright.errors import RunFailure, UserError
+from gatewright.evaluation import Bits, bits_per_byte, take_bytes
+from gatewright.papers.registry import get_paper
+from gatewright.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from gatewright.training.history import History
+from gatewright.training.optimizer import AveragedWeights, build_adamw, clip_gradients
+from gatewright.training.precision import autocast, set_router_dtype
+from gatewright.training.run import TrainRun
+from gatewright.training.schedule import in_decay, rate_factor
+
+
+class Trainer:
+    """Advances one model on one corpus. Every number it makes follows from `run` and the step: `batch(step)` is pure, nothing is drawn."""
+
+    def __init__(self, run: TrainRun, corpus: Corpus, name: str = "model") -> None:
+        self.run, self.corpus, self.name = run, corpus, name
+        self.device = resolve_device(run.device)
+        paper = get_paper(run.paper)
+        settings = paper.Settings() if run.model is None else run.model
+        self.settings = dataclasses.replace(settings, vocab_size=corpus.tokenizer.vocab_size)
+        self.context: int = self.settings.context
+        self.micro_size = micro_batch_size(run, self.context)
+        torch.manual_seed(run.seed)
+        self.model: nn.Module = paper.build(self.settings).to(self.device)
+        set_router_dtype(self.model, run.router_dtype)
+        self.objective = paper.objective(self.settings)
+        self.optimizer = build_adamw(self.model, run, run.learning_rate)
+        self.average = AveragedWeights(self.model, run.ema) if run.ema else None
+        self.cost: Cost = count_cost(self.model, self.context)
+        rows = self.micro_size * run.accumulation
+        self.stream = corpus.stream(rows, self.context, seed=run.data_seed, fraction=run.data_fraction)
+        self.step_tokens = rows * self.context
+        self.total_steps = max(1, round(run.tokens / self.step_tokens))
+        self.step, self.seconds = 0, 0.0
+        self.history = History()
+        self._names = {p: n for n, p in self.model.named_parameters()}
+        self.validation_text = self._validation_text()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.step_tokens
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by tokens or, with a limit in minutes, by the clock where that is ahead."""
+        by_tokens = self.step / self.total_steps
+        if self.run.minutes is None:
+            return by_tokens
+        return min(1.0, max(by_tokens, self.seconds / (60 * self.run.minutes)))
+
+    @property
+    def done(self) -> bool:
+        """Whether a budget is spent."""
+        if self.progress >= 1:
+            return True
+        target = self.run.until_loss
+        return (
+            target is not None and bool(self.history.curve) and self.history.curve[-1]["valid_bpb"] <= target
+        )
+
+    def advance(self) -> dict[str, Any]:
+        """Take one optimizer step and return its record (loss in nats per token, learning rate, seconds, gradient norm)."""
+        started = time.perf_counter()
+        rate = self.run.learning_rate * rate_factor(
+            self.run.schedule,
+            self.step,
+            self.progress,
+            warmup_steps=self.run.warmup_steps,
+            decay_share=self.run.decay_share,
+            final_rate=self.run.final_rate,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = torch.from_numpy(self.stream.batch(self.step)).to(self.device)
+        loss, stats = self._gradients(batch)
+        norm = clip_gradients(list(self.model.parameters()), self.run.clip)
+        loss_value, norm_value = float(loss), float(norm)
+        finite = bool(np.isfinite(loss_value) and np.isfinite(norm_value))
+        if finite:
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not finite and self.run.on_nonfinite == "stop":
+            raise RunFailure(self._nonfinite_line(loss_value, norm_value, stats))
+        self.step += 1
+        took = time.perf_counter() - started
+        self.seconds += took
+        record = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": loss_value,
+            "learning_rate": rate,
+            "seconds": self.seconds,
+            "step_seconds": took,
+            "gradient_norm": norm_value,
+            "skipped": not finite,
+        }
+        self.history.note_step(record, stats, self.run.log_every)
+        return record
+
+    def _gradients(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Accumulate the gradients of one step; return the mean task loss and the routers' counts, summed over micro-batches."""
+        loss = torch.zeros((), device=self.device)
+        counted: dict[str, dict[str, Tensor]] = {}
+        for micro in batch.split(self.micro_size):
+            with autocast(self.run.precision, self.device):
+                output = self.model(micro[:, :-1])
+                parts = self.objective(output, micro[:, 1:])
+            (parts.total / self.run.accumulation).backward()
+            loss += parts.task.detach() / self.run.accumulation
+            for router, record in output.stats.items():
+                own = {
+                    "counts": record.counts,
+                    "kept": record.kept,
+                    "nonfinite": record.nonfinite,
+                }
+                held = counted.get(router)
+                counted[router] = own if held is None else {k: held[k] + v for k, v in own.items()}
+        return loss, counted
+
+    def _nonfinite_line(self, loss: float, norm: float, stats: dict[str, Any]) -> str:
+        layers = [name for name, counted in stats.items() if int(counted["nonfinite"])]
+        where = f"first seen in the logits of {layers[0]}" if layers else "no router's logits are touched"
+        return (
+            f"step {self.step + 1} of {self.name}: loss {loss}, gradient norm {norm}; {where}; the weights are those of the step "
+            "before; lower the learning rate, or skip such steps with --on-nonfinite skip"
+        )
+
+    def _validation_text(self) -> dict[str, np.ndarray]:
+        share = self.run.eval_bytes // len(self.corpus.domains)
+        lengths = self.corpus.tokenizer.byte_lengths
+        return {d: take_bytes(self.corpus.valid(d).tokens, lengths, share) for d in self.corpus.domains}
+
+    def evaluate(self) -> Bits:
+        """Return bits per byte on the validation text and add a point to the curve.
+
+        Before the decay phase the averaged weights are evaluated, so that points of a constant rate compare; from then on the
+        live ones.
+        """
+        averaged = self.average is not None and not in_decay(
+            self.run.schedule, self.progress, self.run.decay_share
+        )
+        if averaged and self.average is not None:
+            self.average.swap()
+        bits = bits_per_byte(
+            self.model,
+            self.validation_text,
+            self.corpus.tokenizer.byte_lengths,
+            context=self.context,
+            batch_size=self.micro_size,
+            autocast=autocast(self.run.precision, self.device),
+        )
+        if averaged and self.average is not None:
+            self.average.swap()
+        self.history.curve.append(
+            {
+                "step": self.step,
+                "tokens": self.tokens,
+                "train_flops": self.tokens * self.cost.train_flops_per_token,
+                "seconds": self.seconds,
+                "valid_bpb": bits.bits_per_byte,
+                "domains": bits.domains,
+                "weights": "averaged" if averaged else "live",
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+            }
+        )
+        return bits
+
+    def checkpoint(self) -> Checkpoint:
+        """Return everything that the next step depends on, and the history so far."""
+        tensors = {
+            "model": {name: p for p, name in self._names.items()},
+            "optimizer": optimizer_tensors(self.optimizer, self._names),
+        }
+        state: dict[str, Any] = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history.to_dict(),
+        }
+        state["corpus"] = self.corpus.fingerprint
+        if self.average is not None:
+            tensors["average"] = dict(zip(self._names.values(), self.average.values, strict=True))
+            state["average_updates"] = self.average.updates
+        return Checkpoint(self.step, tensors, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from `checkpoint`. Raises: UserError if it was trained on other text or has other tensors."""
+        if checkpoint.state["corpus"] != self.corpus.fingerprint:
+            raise UserError(
+                "the checkpoint was trained on other text or another tokenizer; allowed: the same data; give the same --data, "
+                "or another --out"
+            )
+        held = checkpoint.tensors["model"]
+        shapes = {name: tuple(p.shape) for p, name in self._names.items()}
+        if shapes != {name: tuple(t.shape) for name, t in held.items()}:
+            raise UserError(
+                "the checkpoint holds another model; allowed: the same settings; give another --out"
+            )
+        with torch.no_grad():
+            for parameter, name in self._names.items():
+                parameter.copy_(held[name])
+            if self.average is not None:
+                for value, name in zip(self.average.values, self._names.values(), strict=True):
+                    value.copy_(checkpoint.tensors["average"][name])
+                self.average.updates = checkpoint.state["average_updates"]
+        restore_optimizer(self.optimizer, self._names, checkpoint.tensors["optimizer"])
+        self.step, self.seconds = checkpoint.state["step"], checkpoint.state["seconds"]
+        self.history = History.from_dict(checkpoint.state["history"])
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device. Raises: UserError if it is unknown or not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}; allowed: cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r}; allowed: cpu, cuda or cuda:N")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+def micro_batch_size(run: TrainRun, context: int) -> int:
+    """Return the rows of a micro-batch. Raises: UserError unless batch_tokens splits into whole rows and micro-batches."""
+    rows, left = divmod(run.batch_tokens, context)
+    if left or rows < 1 or rows % run.accumulation:
+        raise UserError(
+            f"batch_tokens {run.batch_tokens} with context {context} and accumulation {run.accumulation}; allowed: a multiple of "
+            f"context x accumulation = {context * run.accumulation}"
+        )
+    return rows // run.accumulation
