@@ -15,8 +15,8 @@ HIDDEN = ("paper", "model")
 def run_from(argv: list[str], kind: type, toml: Path | None, prog: str) -> Any:
     """Return the run (`TrainRun` or `RaceRun`) that the command line and the TOML file describe.
 
-    The first word is a paper's id, or the name of a published size ("olmoe-1b-7b"), whose settings are then the
-    model's defaults. Raises UserError for an unknown word, flag, key or value.
+    The first word is a paper's id, or the name of a published size ("olmoe-1b-7b"), from whose settings the
+    flags then start. Raises UserError for an unknown word, flag, key or value.
     """
     words, rest = take_words(argv, most=1)
     base = kind()

@@ -1,4 +1,4 @@
-"""`gatewright race [PAPER]`: a sparse model against its dense twin on the same tokens; result and report in --out."""
+"""`gatewright race [PAPER]`: a sparse model against its dense twin on the same tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ def main(argv: list[str]) -> int:
 
 def work(argv: list[str], common: Common) -> Outcome:
     """Race and return the result."""
-    from ..experiments import RaceRun, race
+    from ..experiments.race_run import RaceRun
     from .paper import run_from
 
     run = run_from(argv, RaceRun, common.from_, "gatewright race")
     prepare_process(run.threads)
+    from ..experiments.race import race
+
     result = race(run)
     return Outcome(result.to_dict(), result.to_text(), INTERRUPTED if result.stopped else 0)

@@ -12,10 +12,12 @@ def main(argv: list[str]) -> int:
 
 def work(argv: list[str], common: Common) -> Outcome:
     """Train and return the result."""
-    from ..training import TrainRun, train
+    from ..training.run import TrainRun
     from .paper import run_from
 
     run = run_from(argv, TrainRun, common.from_, "gatewright train")
     prepare_process(run.threads)
+    from ..training.loop import train
+
     result = train(run)
     return Outcome(result.to_dict(), result.to_text(), INTERRUPTED if result.stopped else 0)
