@@ -46,20 +46,26 @@ def side(
     """Return one made-up side; sparse ones carry routing for `routers` layers."""
     draw = np.random.default_rng(seed)
     flops = tokens * 3.1e6
-    by_domain = {domain: final + 0.12 * (index - 2) + 0.01 * draw.normal() for index, domain in enumerate(DOMAINS)}
+    by_domain = {
+        domain: final + 0.12 * (index - 2) + 0.01 * draw.normal() for index, domain in enumerate(DOMAINS)
+    }
     curve = _curve(final, tokens, flops, seconds)
     side: dict[str, Any] = {
         "name": name, "kind": kind, "label": f"{name} ({kind})", "paper": "olmoe",
         "settings": {"width": 64, "num_layers": routers, "attention": {"num_heads": 4, "qk_norm": True}},
         "total_parameters": 3_456_789 if kind == "sparse" else 812_345, "active_parameters": 801_234,
         "forward_flops_per_token": 1.03e6, "train_flops_per_token": 3.1e6, "learning_rate": 0.006,
-        "token_budget": tokens, "steps": 1000, "train_seconds": seconds, "tokens_per_second": tokens / seconds,
+        "token_budget": tokens, "steps": 1000, "train_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
         "curve": curve,
         "train_log": [
-            {"step": s, "tokens": s * tokens // 1000, "loss": 1.3 + 4 * float(np.exp(-s / 60)) + 0.05 * draw.normal(),
-             "learning_rate": 0.006, "seconds": s * seconds / 1000} for s in range(0, 1001, 5)
+            {"step": s, "tokens": s * tokens // 1000,
+             "loss": 1.3 + 4 * float(np.exp(-s / 60)) + 0.05 * draw.normal(), "learning_rate": 0.006,
+             "seconds": s * seconds / 1000}
+            for s in range(0, 1001, 5)
         ],
-        "final": {"valid_bpb": final, "domains": by_domain, "tokens": tokens, "train_flops": flops, "seconds": seconds},
+        "final": {"valid_bpb": final, "domains": by_domain, "tokens": tokens, "train_flops": flops,
+                  "seconds": seconds},
         "routers": [],
     }  # fmt: skip
     if kind == "dense":
@@ -77,14 +83,18 @@ def side(
     pieces = list((TEXT * 20)[:length])
     for router in names:
         ids = np.stack([draw.permutation(experts)[:chosen] for _ in pieces])
-        ids = np.where(np.array([ord(p) % 3 == 0 for p in pieces])[:, None], (ids[0] + np.arange(chosen)) % experts, ids)
+        ids = np.where(
+            np.array([ord(p) % 3 == 0 for p in pieces])[:, None], (ids[0] + np.arange(chosen)) % experts, ids
+        )
         weights = -np.sort(-draw.dirichlet(np.ones(chosen), size=len(pieces)), axis=1)
         view[router] = {"experts": ids.tolist(), "weights": weights.tolist()}
     lost = [0.12 * float(np.exp(-step / 200)) if drops else 0.0 for step in steps]
     side |= {
         "routers": names,
         "load_over_time": {"steps": steps, "routers": load},
-        "dropped_over_time": {"steps": steps, "routers": {n: [v / (i + 1) for v in lost] for i, n in enumerate(names)}},
+        "dropped_over_time": {
+            "steps": steps, "routers": {n: [v / (i + 1) for v in lost] for i, n in enumerate(names)}
+        },
         "specialisation": {
             "domains": DOMAINS, "chance": chosen / experts, "num_selected": chosen, "routers": special
         },
@@ -103,7 +113,16 @@ def race(gap: float = 0.021, seeds: int = 3, experts: int = 64, **options: Any) 
         dense = 1.93 + 0.003 * seed
         here = gap + 0.002 * (seed - (seeds - 1) / 2)
         sides = [
-            side("sparse", "sparse", dense - here, tokens=4_800_000, seconds=130.0, experts=experts, seed=seed, **options),
+            side(
+                "sparse",
+                "sparse",
+                dense - here,
+                tokens=4_800_000,
+                seconds=130.0,
+                experts=experts,
+                seed=seed,
+                **options,
+            ),
             side("dense", "dense", dense, seconds=96.0, seed=seed + 9),
         ]
         runs.append({"seed": seed, "sides": sides})
@@ -140,7 +159,8 @@ def full_race() -> dict[str, Any]:
         for i, e in enumerate([2, 4, 8, 16, 32, 64]) for s in range(2)
     ]  # fmt: skip
     result["small_data"] = [
-        {"fraction": f, "kind": kind, "valid_bpb": 2.4 - 0.4 * i + (0.05 if kind == "sparse" and i == 0 else 0), "seed": 0}
+        {"fraction": f, "kind": kind, "seed": 0,
+         "valid_bpb": 2.4 - 0.4 * i + (0.05 if kind == "sparse" and i == 0 else 0)}
         for i, f in enumerate([0.01, 0.1, 1.0]) for kind in ("sparse", "dense")
     ]  # fmt: skip
     result["triangle"] = {

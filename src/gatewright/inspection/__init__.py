@@ -1,8 +1,10 @@
 """See what a router does: capture of its choices, metrics over them, and the report of a run or a race."""
 
+from .capture import Captured, capture_routing, specialisation, token_view, token_views
 from .metrics import (
     Repetition,
     Vocabulary,
+    chance,
     coactivation,
     domain_specialisation,
     load_entropy,
@@ -16,8 +18,11 @@ from .metrics import (
 from .report import render_page, write_report
 
 __all__ = [
+    "Captured",
     "Repetition",
     "Vocabulary",
+    "capture_routing",
+    "chance",
     "coactivation",
     "domain_specialisation",
     "load_entropy",
@@ -27,6 +32,9 @@ __all__ = [
     "render_page",
     "repetition",
     "router_saturation",
+    "specialisation",
+    "token_view",
+    "token_views",
     "vocabulary_specialisation",
     "write_report",
 ]

@@ -20,20 +20,30 @@ def cell(value: object) -> str:
     return str(value) if isinstance(value, Html) else escape(value)
 
 
-def html_table(headers: Sequence[object], lines: Iterable[Sequence[object]], *, caption: str, wide: bool = True) -> str:
+def with_note(words: str, note: str) -> Html:
+    """Return a cell's text with a smaller line below it; an empty note leaves the text alone."""
+    return Html(f"{escape(words)}<small>{escape(note)}</small>" if note else escape(words))
+
+
+def html_table(
+    headers: Sequence[object], lines: Iterable[Sequence[object]], *, caption: str, wide: bool = True
+) -> str:
     """Return a table whose first column names the row; it scrolls inside its own box on a narrow screen.
 
     `caption` is plain text, read out before the table and shown above it.
     """
     head = "".join(f'<th scope="col">{cell(name)}</th>' for name in headers)
     body = "".join(
-        f'<tr><th scope="row">{cell(line[0])}</th>' + "".join(f"<td>{cell(value)}</td>" for value in line[1:]) + "</tr>"
+        f'<tr><th scope="row">{cell(line[0])}</th>'
+        + "".join(f"<td>{cell(value)}</td>" for value in line[1:])
+        + "</tr>"
         for line in lines
     )
     style = "" if wide else " narrow"
     return (
-        f'<div class="scroll{style}" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="table{style}"><p class="caption">{escape(caption)}</p>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
     )
 
 
@@ -49,9 +59,10 @@ def _size(image: bytes) -> tuple[int, int]:
 def figure(image: Image) -> str:
     """Return a figure with its PNG inlined, light and dark."""
     width, height = _size(image.light)
+    attributes = f'width="{width}" height="{height}" alt="{escape(image.alt)}"'
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(image.dark)}">'
-        f'<img src="{_data(image.light)}" width="{width}" height="{height}" alt="{escape(image.alt)}"></picture>'
+        f'<img src="{_data(image.light)}" {attributes}></picture>'
         f"<figcaption>{image.caption}</figcaption></figure>"
     )
 

@@ -1,7 +1,7 @@
 """What a router does, in numbers: specialisation, co-activation, saturation, repetition, balance.
 
-Every function is pure and takes tensors or arrays. `experts` is [T, K]: the ids each token selected, first choice
-first; -1 marks an empty slot. Results are numpy arrays of float64.
+Every function is pure and takes tensors or arrays. `experts` is [T, K]: the ids each token selected, first
+choice first; -1 marks an empty slot. Results are numpy arrays of float64.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def chance(num_experts: int, num_selected: int) -> float:
 def domain_specialisation(experts: Any, num_experts: int) -> np.ndarray:
     """Return [E]: the share of one domain's tokens that select each expert; sums to K. Chance is K/E.
 
-    Equation: domain specialisation(E_i, D) = N^(k)_{E_i,D} / N_D (Muennighoff et al. 2024, sec. 5), where N_D counts
-        the tokens of domain D and N^(k) those of them with E_i among their K selected.
+    Equation: domain specialisation(E_i, D) = N^(k)_{E_i,D} / N_D (Muennighoff et al. 2024, sec. 5), where N_D
+        counts the tokens of domain D and N^(k) those of them with E_i among their K selected.
     Args: experts [T, K] of one domain's tokens.
     Raises: ValueError without a token, where the share has no meaning.
     """
@@ -66,11 +66,13 @@ class Vocabulary(NamedTuple):
     shares: np.ndarray
 
 
-def vocabulary_specialisation(experts: Any, token_ids: Any, num_experts: int, *, least: int = 10) -> Vocabulary:
+def vocabulary_specialisation(
+    experts: Any, token_ids: Any, num_experts: int, *, least: int = 10
+) -> Vocabulary:
     """Return for each token id the share of its occurrences that select each expert.
 
-    Equation: vocabulary specialisation(E_i, x) = N^(k)_{x,E_i} / N_x (Muennighoff et al. 2024, sec. 5). With the
-        input tokens as `token_ids` it is the input variant, with the next or predicted ones the output variant.
+    Equation: vocabulary specialisation(E_i, x) = N^(k)_{x,E_i} / N_x (Muennighoff et al. 2024, sec. 5). With
+        the input tokens as `token_ids` it is the input variant; with the next or predicted, the output one.
     Args: experts [T, K]; token_ids [T]; least: ids with fewer occurrences are left out (the paper's 10).
     """
     hits = selected(experts, num_experts)
@@ -86,8 +88,8 @@ def vocabulary_specialisation(experts: Any, token_ids: Any, num_experts: int, *,
 def coactivation(experts: Any, num_experts: int) -> np.ndarray:
     """Return [E, E]: of the tokens that select expert i, the share that also select j. Not symmetric.
 
-    Equation: co-activation(E_i, E_j) = N_{E_i,E_j} / N_{E_i} (Muennighoff et al. 2024, sec. 5). The diagonal is 0
-        here, since an expert with itself says nothing; the row of an unused expert is 0.
+    Equation: co-activation(E_i, E_j) = N_{E_i,E_j} / N_{E_i} (Muennighoff et al. 2024, sec. 5). The diagonal
+        is 0 here, since an expert with itself says nothing; the row of an unused expert is 0.
     """
     hits = selected(experts, num_experts).astype(np.float64)
     both = hits.T @ hits
@@ -110,7 +112,7 @@ def router_saturation(early: Any, final: Any) -> float:
 
 
 class Repetition(NamedTuple):
-    """Share of consecutive pairs with the same first choice, and with any common expert; and both by chance."""
+    """Share of consecutive pairs with the same first choice, with any common expert, and both by chance."""
 
     first: float
     any_common: float
@@ -121,9 +123,9 @@ class Repetition(NamedTuple):
 def repetition(experts: Any, num_experts: int) -> Repetition:
     """Return how often two consecutive tokens go to the same expert.
 
-    Equation: first choice: mean over t of [e_{t,1} = e_{t+1,1}], by chance 1/E. First or second (any of the K):
-        mean of [selected sets intersect], by chance 1 - C(E-K, K) / C(E, K) (Jiang et al. 2024, table 5: for 8
-        experts and K = 2, 46.4 %). Chance assumes even use; skewed use repeats more in shuffled text too.
+    Equation: first choice: mean over t of [e_{t,1} = e_{t+1,1}], by chance 1/E. First or second (any of the
+        K): mean of [selected sets intersect], by chance 1 - C(E-K, K) / C(E, K) (Jiang et al. 2024, table 5:
+        for 8 experts and K = 2, 46.4 %). Chance assumes even use; skewed use repeats more, shuffled or not.
     Args: experts [T, K] of consecutive tokens of one text; pairs across two texts do not belong in it.
     """
     chosen = _experts(experts, num_experts)
@@ -142,7 +144,7 @@ def repetition(experts: Any, num_experts: int) -> Repetition:
 
 
 def load_share(counts: Any) -> np.ndarray:
-    """Return the share of assignments of each expert along the last axis; all zero where nothing was assigned.
+    """Return the share of assignments of each expert, along the last axis; zeros where nothing was assigned.
 
     Equation: f_i = counts_i / sum_j counts_j; even is 1/E.
     """

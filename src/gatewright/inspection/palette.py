@@ -10,7 +10,7 @@ HUES = (250.0, 60.0, 165.0, 350.0, 105.0, 300.0, 205.0, 30.0)
 
 
 def oklch(lightness: float, chroma: float, hue: float) -> str:
-    """Return the sRGB colour "#rrggbb" of an OKLCH triple (Ottosson 2020); channels outside the gamut are cut."""
+    """Return the sRGB colour "#rrggbb" of an OKLCH triple (Ottosson 2020), cut to the gamut."""
     a, b = chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     middle = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3

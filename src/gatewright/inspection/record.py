@@ -1,4 +1,4 @@
-"""Safe reading of a result file: every part of it may be absent, null or not finite, and none of that is an error."""
+"""Safe reading of a result: any part of it may be absent, null or not finite, and that is no error."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class Record:
 
     @property
     def headline(self) -> list[Mapping[str, Any]]:
-        """The comparisons that the verdict is about: one sparse side against its equal-active twin, all seeds."""
+        """The comparisons that the verdict is about: sparse against its equal-active twin, all seeds."""
         everything = self.comparisons
         chosen = [item for item in everything if text(item, "against") == "active"] or everything
         if not chosen:

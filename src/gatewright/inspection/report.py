@@ -30,7 +30,9 @@ def _replace(path: Path, content: bytes) -> None:
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise RunFailure(f"cannot write {path}: {error.strerror or error}; the result file itself is untouched") from error
+        raise RunFailure(
+            f"cannot write {path}: {error.strerror or error}; the result file itself is untouched"
+        ) from error
 
 
 def _style(record: Record) -> str:

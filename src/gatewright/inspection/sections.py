@@ -24,7 +24,7 @@ from .plots.theme import Image
 from .record import Record, mean, number, rows, table, text
 from .tables import claims_table, domains_table, facts_table, settings_table, shares, sides_table
 from .tokens import token_section
-from .verdict import speedups
+from .verdict import comparisons, speedups
 from .words import escape, percent, times
 
 
@@ -55,7 +55,10 @@ class Page:
 
 def slug(name: str) -> str:
     """Return a name that is safe in a file name and an id."""
-    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name).strip("-") or "side"
+    return (
+        "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name).strip("-")
+        or "side"
+    )
 
 
 def step_time(record: Record) -> str:
@@ -67,10 +70,12 @@ def step_time(record: Record) -> str:
     low = [number(item, "step_time_ratio", "low") for item in record.headline]
     high = [number(item, "step_time_ratio", "high") for item in record.headline]
     known_low, known_high = [x for x in low if x is not None], [x for x in high if x is not None]
-    interval = f" (from {times(min(known_low))} to {times(max(known_high))})" if known_low and known_high else ""
+    interval = (
+        f" (from {times(min(known_low))} to {times(max(known_high))})" if known_low and known_high else ""
+    )
     word = "longer than" if ratio > 1.005 else "shorter than" if ratio < 0.995 else "as long as"
     return (
-        f"A sparse step takes {times(ratio)} the time of a dense step{interval}, so it is {word} a dense step. "
+        f"A sparse step takes {times(ratio)} the time of a dense step{interval}: it is {word} a dense step. "
         "Seconds are tokens times this ratio."
     )
 
@@ -81,35 +86,52 @@ def curves(page: Page) -> None:
     body = page.show(curve_images(record)) or missing("Curves of validation loss")
     if record.headline:
         words = []
-        for key, label in (("tokens", "tokens"), ("flops", "training FLOPs"), ("seconds", "measured seconds")):
+        for key, label in (
+            ("tokens", "tokens"),
+            ("flops", "training FLOPs"),
+            ("seconds", "measured seconds"),
+        ):
             ratio, note = speedups(record, key)
             if ratio is None:
                 words.append(f"by {label} never")
             else:
                 words.append(f"by {label} {times(ratio)}" + (f" ({note})" if note else ""))
         body += paragraph(
-            "<b>Speed-up to the dense twin’s final quality:</b> " + escape("; ".join(words)) + ". Above 1 sparse gets "
+            "<b>Speed-up to the dense twin’s final quality:</b> "
+            + escape("; ".join(words))
+            + ". Above 1 sparse gets "
             "there first; below 1 it needs more than dense did."
         )
         body += paragraph(f"<b>On the clock:</b> {escape(step_time(record))} {escape(shares(record))}")
-    if any(number(point, "valid_bpb_ema") is not None for run in record.runs for point in rows(run.side, "curve")):
+    if any(
+        number(point, "valid_bpb_ema") is not None for run in record.runs for point in rows(run.side, "curve")
+    ):
         body += paragraph("Dotted lines: the same model with averaged weights.", "note")
     body += paragraph(
-        "Lower is better. One line per seed; the first is drawn thicker. Early points above the frame are cut.", "note"
+        "Lower is better. One line per seed, the first thicker. Early points above the frame are cut.",
+        "note",
     )
-    page.add("curves", "Quality against tokens, compute and time", body + command(record.command))
+    page.add("curves", "Tokens, compute and time", body + command(record.command))
 
 
 def sides(page: Page) -> None:
-    """Add the table of the sides."""
-    page.add("sides", "The sides", sides_table(page.record) + command(page.record.command))
+    """Add the table of the sides and, for a race, every single seed."""
+    seeds = comparisons(page.record)
+    title = (
+        "The sides and every seed" if seeds else "The model" if len(page.record.names) < 2 else "The sides"
+    )
+    page.add("sides", title, sides_table(page.record) + seeds + command(page.record.command))
 
 
 def domains(page: Page) -> None:
     """Add final losses by domain."""
     record = page.record
     body = domains_table(record)
-    body = body + page.show(domain_images(record)) + command(record.command) if body else missing("Losses by domain")
+    body = (
+        body + page.show(domain_images(record)) + command(record.command)
+        if body
+        else missing("Losses by domain")
+    )
     page.add("domains", "Loss by domain", body)
 
 
@@ -130,8 +152,19 @@ def _load_table(side: Mapping[str, Any]) -> str:
                 int((final == 0).sum()),
             ]
         )
-    headers = ["Router", "Experts", "Largest / mean", "Coefficient of variation", "Entropy / log E", "Unused experts"]
-    return html_table(headers, lines, caption="Balance at the last recorded step (even: 1, 0, 1, 0)") if lines else ""
+    headers = [
+        "Router",
+        "Experts",
+        "Largest / mean",
+        "Coefficient of variation",
+        "Entropy / log E",
+        "Unused experts",
+    ]
+    return (
+        html_table(headers, lines, caption="Balance at the last recorded step (even: 1, 0, 1, 0)")
+        if lines
+        else ""
+    )
 
 
 def _favourites(side: Mapping[str, Any]) -> str:
@@ -144,9 +177,9 @@ def _favourites(side: Mapping[str, Any]) -> str:
         level = chance_level(side, found)
         best = found.argmax(axis=1)
         cells = [f"{best[row]}: {percent(float(found[row, best[row]]), 0)}" for row in range(len(found))]
-        lines.append([f"{name} (chance {percent(level)})", *cells])
+        lines.append([name, percent(level), *cells])
     caption = "Expert that most tokens of each domain select, and their share"
-    return html_table(["Router", *domain_names], lines, caption=caption) if lines else ""
+    return html_table(["Router", "Chance", *domain_names], lines, caption=caption) if lines else ""
 
 
 def _drops(page: Page, side: Mapping[str, Any], prefix: str) -> str:
@@ -163,12 +196,13 @@ def _routing_of(page: Page, name: str, prefix: str) -> str:
     load = page.show(load_images(side, prefix))
     special = page.show(specialisation_images(side, prefix))
     explained = paragraph(
-        "Share of assignments that each expert receives. Neutral is an even share, orange more, blue less.", "note"
+        "Share of assignments that each expert receives. Neutral is an even share, orange more, blue less.",
+        "note",
     )
     meaning = paragraph(
-        "Domain specialisation (Muennighoff et al. 2024): the share of a domain’s tokens that have the expert among "
-        "their selected ones. Under uniform choice every cell equals K/E, the neutral colour; orange is more than "
-        "chance, blue less.",
+        "Domain specialisation (Muennighoff et al. 2024): the share of a domain’s tokens that have the "
+        "expert among their selected ones. Under uniform choice every cell equals K/E, the neutral colour; "
+        "orange is more than chance, blue less.",
         "note",
     )
     parts = [
@@ -213,19 +247,20 @@ def further(page: Page) -> None:
     ):
         claims = claims_table(record) if flag == "--triangle" else ""
         if images or claims:
-            found += f"<h3>{title}</h3>" + page.show(images) + claims + command(record.command)
+            found += (
+                f"<article><h3>{title}</h3>{page.show(images)}{claims}{command(record.command)}</article>"
+            )
         else:
             absent += missing(title, f"{base} {flag}")
-    page.add("further", "Further questions", found + absent)
+    page.add("further", "Further questions", (found and f'<div class="blocks">{found}</div>') + absent)
 
 
 def making(page: Page) -> None:
     """Add how the result came about: command, training loss, settings, environment, data."""
     record = page.record
     body = command(record.command) or missing("The command")
-    body += page.show(loss_images(record))
+    body += f'<div class="blocks">{page.show(loss_images(record))}{facts_table(record)}</div>'
     body += f"<details><summary>Settings of each side</summary>{settings_table(record)}</details>"
-    body += facts_table(record)
     page.add("made", "How this was made", body)
 
 

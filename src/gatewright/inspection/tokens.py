@@ -1,4 +1,4 @@
-"""A validation text with each token coloured by the expert it chose; legible without JavaScript, richer with it."""
+"""A validation text with each token coloured by its expert; legible without JavaScript, richer with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_views(side: Mapping[str, Any]) -> list[View]:
     """Return the recorded texts, one or many; routers whose lists do not match the pieces are left out."""
     value = lookup(side, "token_view")
     found = [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []
-    views = []
+    views: list[View] = []
     for item in found:
         pieces = [str(piece) for piece in rows(item, "pieces")]
         routers = {}
@@ -50,7 +50,11 @@ def count_experts(side: Mapping[str, Any], views: list[View]) -> int:
     tables = [value for value in table(side, "specialisation", "routers").values() if value]
     known = [len(value[0]) for value in tables if isinstance(value, list) and isinstance(value[0], list)]
     seen = [
-        expert for view in views for chosen, _ in view.routers.values() for token in chosen for expert in token
+        expert
+        for view in views
+        for chosen, _ in view.routers.values()
+        for token in chosen
+        for expert in token
     ]
     return max([*known, max(seen, default=0) + 1, int(number(side, "settings", "num_experts") or 0)])
 
@@ -73,7 +77,8 @@ def _spans(view: View, router: str) -> str:
         style = f"t e{first}" if first >= 0 else "t"
         number_shown = str(first) if first >= 0 else "–"
         title = escape(_describe(experts[index], weights[index]))
-        spans.append(f'<span class="{style}" data-i="{index}" data-e="{number_shown}" title="{title}">{_piece(piece)}</span>')
+        data = f'data-i="{index}" data-e="{number_shown}"'
+        spans.append(f'<span class="{style}" {data} title="{title}">{_piece(piece)}</span>')
     return "".join(spans)
 
 
@@ -87,7 +92,9 @@ def safe_json(value: Any) -> str:
 
 def palette_style(num_experts: int) -> str:
     """Return the CSS rules of the experts' colours, shared by every text of the page."""
-    return "".join(f".e{index}{{background:{colour}}}" for index, colour in enumerate(expert_colours(num_experts)))
+    return "".join(
+        f".e{index}{{background:{colour}}}" for index, colour in enumerate(expert_colours(num_experts))
+    )
 
 
 def _first_share(view: View, router: str) -> str:
@@ -96,13 +103,14 @@ def _first_share(view: View, router: str) -> str:
     if not experts:
         return "No token of this text reached an expert."
     most = max(set(experts), key=experts.count)
-    return f"{used} experts are the first choice of some token; most often expert {most}, for " + percent(
-        experts.count(most) / len(experts), 0
+    share = percent(experts.count(most) / len(experts), 0)
+    return (
+        f"{used} experts are some token’s first choice; most often expert {most}, for {share} of the tokens."
     )
 
 
 def token_section(side: Mapping[str, Any], slug: str) -> str:
-    """Return the interactive text of one side. Without JavaScript: the first text and layer, weights on hover."""
+    """Return the text of one side. Without JavaScript: its first text and layer, weights on hover."""
     views = read_views(side)
     if not views:
         return missing("A text with tokens coloured by expert")
@@ -115,16 +123,16 @@ def token_section(side: Mapping[str, Any], slug: str) -> str:
     ]  # fmt: skip
     identity = escape(f"tokens-{slug}".rstrip("-_"))
     static = paragraph(
-        f"Shown: {escape(first.domain)}, router <code>{escape(router)}</code>. {escape(_first_share(first, router))} "
-        "of the tokens.",
+        f"Shown: {escape(first.domain)}, router <code>{escape(router)}</code>. "
+        f"{escape(_first_share(first, router))}",
         "shown",
     )
     return (
         f'<div class="tokens" id="{identity}" data-experts="{count_experts(side, views)}">'
         f'<div class="controls" hidden></div>{static}'
         f'<div class="legend" hidden></div>'
-        f'<div class="text" tabindex="0" role="group" aria-label="Text coloured by expert; arrow keys move from token '
-        f'to token">{_spans(first, router)}</div>'
-        f'<div class="detail" role="status" aria-live="polite">Point at or tap a token to see its experts and weights.'
-        f'</div><script type="application/json">{safe_json(packed)}</script></div>'
+        f'<div class="text" tabindex="0" role="group" aria-label="Text coloured by expert; arrow keys move '
+        f'from token to token">{_spans(first, router)}</div>'
+        f'<div class="detail" role="status" aria-live="polite">Point at or tap a token for its experts '
+        f'and weights.</div><script type="application/json">{safe_json(packed)}</script></div>'
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from .markup import Html, cell, html_table, mark, paragraph
+from .markup import Html, cell, html_table, mark, paragraph, with_note
 from .record import Record, lookup, mean, number, rows, spread, text
 from .words import NONE, bits, escape, percent, plural, scaled, seconds, signed, times
 
@@ -56,7 +57,9 @@ class Verdict:
         if self.held and self.gap < 0:
             return "The record says held, yet its mean gap is negative: trust the gap."
         if not self.held and self.gap > 0 and (self.gap_spread is None or self.gap > self.gap_spread):
-            return "The record says not held, yet its mean gap is positive and above the spread: see the seeds."
+            return (
+                "The record says not held, yet its mean gap is positive and above the spread: see the seeds."
+            )
         return ""
 
     def sentence(self) -> str:
@@ -91,7 +94,7 @@ def tile(value: str, label: str, note: str = "") -> str:
 
 
 def speedups(record: Record, key: str) -> tuple[float | None, str]:
-    """Return the mean speed-up over the seeds that reached the dense quality, and a note on those that did not."""
+    """Return the mean speed-up over the seeds that reached the dense quality, and a note on the others."""
     ratios = [number(item, "speedup", key) for item in record.headline]
     missed = sum(value is None for value in ratios)
     note = f"not reached in {missed} of {plural(len(ratios), 'seed')}" if missed else ""
@@ -116,34 +119,59 @@ def _tiles(record: Record, verdict: Verdict) -> str:
     return f'<ul class="tiles">{"".join(tiles)}</ul>'
 
 
-def _seeds_table(record: Record) -> str:
-    lines = []
-    for item in record.comparisons:
-        finals = {run.name: run.side for run in record.runs if run.seed == text(item, "seed")}
-        step = [number(item, "step_time_ratio", key) for key in ("median", "low", "high")]
-        interval = f" ({times(step[1])} – {times(step[2])})" if None not in step[1:] else ""
-        lines.append(
-            [
-                f"seed {text(item, 'seed')}",
-                record.label(text(item, "sparse")),
-                f"{record.label(text(item, 'dense'))} (equal {text(item, 'against') or 'size'})",
-                bits(number(finals.get(text(item, "sparse")), "final", "valid_bpb")),
-                bits(number(finals.get(text(item, "dense")), "final", "valid_bpb")),
-                signed(number(item, "gap_bpb")),
-                *(percent(number(item, key)) for key in ("token_share", "flop_share", "second_share")),
-                *(times(number(item, "speedup", key)) for key in ("tokens", "flops", "seconds")),
-                times(step[0], NONE) + interval,
-                mark(lookup(item, "held")),
-            ]
-        )
-    headers = ["Seed", "Sparse", "Dense", "Sparse, final", "Dense, final", "Gap", "Tokens", "FLOPs", "Seconds"]
-    headers += ["Speed-up: tokens", "FLOPs", "seconds", "Step time", "Verdict"]
-    caption = "Every comparison, none left out. Shares are sparse over dense; speed-up is to the dense final quality."
-    return html_table(headers, lines, caption=caption) if lines else ""
+def _pair(item: Any) -> tuple[str, str, str]:
+    return text(item, "sparse"), text(item, "dense"), text(item, "against")
+
+
+def _step_time(item: Any) -> Html:
+    low, high = number(item, "step_time_ratio", "low"), number(item, "step_time_ratio", "high")
+    interval = f"{times(low)} – {times(high)}" if low is not None and high is not None else ""
+    return with_note(times(number(item, "step_time_ratio", "median"), NONE), interval)
+
+
+def _seeds_table(record: Record, items: list[Any]) -> str:
+    """Return one comparison, a column per seed."""
+    sparse, dense, against = _pair(items[0])
+    finals = [
+        {
+            run.name: number(run.side, "final", "valid_bpb")
+            for run in record.runs
+            if run.seed == text(item, "seed")
+        }
+        for item in items
+    ]
+    lines: list[list[object]] = [
+        ["Verdict", *(mark(lookup(item, "held")) for item in items)],
+        ["Sparse, final bits per byte", *(bits(known.get(sparse)) for known in finals)],
+        ["Dense, final bits per byte", *(bits(known.get(dense)) for known in finals)],
+        ["Gap, dense − sparse", *(signed(number(item, "gap_bpb")) for item in items)],
+    ]
+    for word, key in (
+        ("tokens", "token_share"),
+        ("training FLOPs", "flop_share"),
+        ("seconds", "second_share"),
+    ):
+        lines.append([f"Share of dense {word}", *(percent(number(item, key)) for item in items)])
+    for word, key in (("tokens", "tokens"), ("training FLOPs", "flops"), ("seconds", "seconds")):
+        lines.append([f"Speed-up by {word}", *(times(number(item, "speedup", key)) for item in items)])
+    lines.append(["Step time, sparse / dense", *(_step_time(item) for item in items)])
+    equal = {"active": "equal FLOPs per token", "total": "equal total parameters"}.get(against, against)
+    caption = f"{record.label(sparse)} against {record.label(dense)}" + (f", {equal}" if equal else "")
+    return html_table(["", *(f"seed {text(item, 'seed')}" for item in items)], lines, caption=caption)
+
+
+def comparisons(record: Record) -> str:
+    """Return every comparison: the one of the verdict in view, the others folded away below it."""
+    pairs = list(dict.fromkeys(_pair(item) for item in record.headline + record.comparisons))
+    tables = [_seeds_table(record, [x for x in record.comparisons if _pair(x) == pair]) for pair in pairs]
+    if len(tables) < 2:
+        return "".join(tables)
+    rest = f"<details><summary>Other comparisons ({len(tables) - 1})</summary>{''.join(tables[1:])}</details>"
+    return tables[0] + rest
 
 
 def race_headline(record: Record) -> str:
-    """Return the verdict card, its tiles and the table of single seeds."""
+    """Return the verdict card and its tiles."""
     verdict = Verdict.of(record)
     style = "held" if verdict.held else "lost" if verdict.held is False else "open"
     recorded = text(record.result, "verdict", "sentence")
@@ -152,7 +180,7 @@ def race_headline(record: Record) -> str:
     more = paragraph(escape(own)) if recorded and recorded != own else ""
     warn = paragraph(escape(verdict.contradiction), "warning") if verdict.contradiction else ""
     card = f'<div class="verdict {style}"><h2>{mark(verdict.held)}</h2>{lead}{more}{warn}</div>'
-    return f'<section id="verdict">{card}{_tiles(record, verdict)}{_seeds_table(record)}</section>'
+    return f'<section id="verdict">{card}{_tiles(record, verdict)}</section>'
 
 
 def train_headline(record: Record) -> str:
@@ -178,6 +206,3 @@ def train_headline(record: Record) -> str:
     note = "" if stopped else paragraph("No evaluation is recorded.", "warning")
     card = f'<div class="verdict open"><h2>Result</h2><p class="lead">{cell(words)}</p>{note}</div>'
     return f'<section id="verdict">{card}<ul class="tiles">{"".join(tiles)}</ul></section>'
-
-
-__all__ = ["Html", "Verdict", "race_headline", "speedups", "tile", "train_headline"]

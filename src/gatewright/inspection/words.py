@@ -6,6 +6,7 @@ import html
 from typing import Any
 
 NONE = "not recorded"
+TIE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
 
 
 def escape(value: Any) -> str:
@@ -17,14 +18,22 @@ def scaled(value: float | None, suffixes: str = " KMBT", none: str = NONE) -> st
     """Return three significant digits with a magnitude: 1234567 -> "1.23 M"."""
     if value is None:
         return none
-    if abs(value) < 1000:
+    if abs(value) < 999.5:
         return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
     power = 0
     while abs(value) >= 999.5 and power < len(suffixes) - 1:
         value /= 1000
         power += 1
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
-    return f"{value:,.{digits}f} {suffixes[power]}"
+    return f"{value:,.{digits}f}{TIE}{suffixes[power]}"
+
+
+def tick(value: float) -> str:
+    """Return an axis label without needless zeros: 2000000 -> "2 M"."""
+    number, _, unit = scaled(value, " KMGTPEZY").partition(TIE)
+    if "." in number:
+        number = number.rstrip("0").rstrip(".")
+    return f"{number}{TIE}{unit}" if unit else number
 
 
 def flops(value: float | None) -> str:
@@ -32,7 +41,7 @@ def flops(value: float | None) -> str:
     if value is None:
         return NONE
     shown = scaled(value, " KMGTPEZY")
-    return shown + ("FLOP" if " " in shown else " FLOP")
+    return shown + ("FLOP" if TIE in shown else f"{TIE}FLOP")
 
 
 def seconds(value: float | None) -> str:
@@ -40,13 +49,13 @@ def seconds(value: float | None) -> str:
     if value is None:
         return NONE
     if value < 10:
-        return f"{value:.1f} s"
+        return f"{value:.1f}{TIE}s"
     whole = round(value)
     if whole < 120:
-        return f"{whole} s"
+        return f"{whole}{TIE}s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+        return f"{whole // 60}{TIE}min {whole % 60:02d}{TIE}s"
+    return f"{whole // 3600}{TIE}h {whole % 3600 // 60:02d}{TIE}min"
 
 
 def bits(value: float | None) -> str:
@@ -66,7 +75,7 @@ def percent(value: float | None, digits: int | None = None) -> str:
     shown = 100 * value
     if digits is None:
         digits = 0 if abs(shown - round(shown)) < 0.05 or abs(shown) >= 100 else 1 if abs(shown) >= 1 else 2
-    return f"{shown:.{digits}f} %"
+    return f"{shown:.{digits}f}{TIE}%"
 
 
 def times(value: float | None, none: str = "not reached") -> str:

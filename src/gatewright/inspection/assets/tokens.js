@@ -39,11 +39,12 @@ for (const root of document.querySelectorAll(".tokens")) {
 
   const tell = () => {
     for (const old of area.querySelectorAll(".on")) old.classList.remove("on");
-    if (state.at < 0) { detail.textContent = "Point at or tap a token to see its experts and weights."; return; }
+    if (state.at < 0) { detail.textContent = "Point at or tap a token for its experts and weights."; return; }
     const span = area.children[state.at];
     span.classList.add("on");
     detail.replaceChildren();
-    make("strong", `Token ${state.at + 1} “${show(views[state.view].pieces[state.at]).trimEnd()}” `, detail);
+    const piece = views[state.view].pieces[state.at];
+    make("strong", `Token ${state.at + 1} ${piece === " " ? "space" : `“${show(piece).trimEnd()}”`} `, detail);
     const { e, w } = routed();
     e[state.at].forEach((expert, rank) => {
       const words = expert < 0 ? "dropped" : `expert ${expert} · weight ${(w[state.at][rank] ?? 0).toFixed(3)}`;

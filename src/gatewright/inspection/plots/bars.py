@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from ..record import Record, mean, number, text
 from ..words import percent, signed
-from .theme import Image, Theme, colours, new_figure, render, shorten
+from .theme import Image, Theme, colours, few_ticks, new_figure, render, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def domain_gaps(record: Record) -> dict[str, list[float]]:
-    """Return dense minus sparse bits per byte of each domain, one number per seed (positive: sparse better)."""
+    """Return dense minus sparse bits per byte of each domain, one per seed (positive: sparse better)."""
     gaps: dict[str, list[float]] = {}
     for pair in record.headline:
         seed = text(pair, "seed")
@@ -61,18 +61,17 @@ def _draw_gaps(gaps: dict[str, list[float]], theme: Theme) -> Figure:
         axes.barh(line, middle, height=0.6, color=theme.sparse[0] if middle > 0 else theme.dense[0])
         if len(values) > 1:
             axes.plot(values, [line] * len(values), linestyle="", marker="|", markersize=11, color=theme.ink)
-    reach = max(max(abs(value) for values in gaps.values() for value in values), 1e-4) * 1.15
-    low = min(0.0, min(min(values) for values in gaps.values()))
-    high = max(0.0, max(max(values) for values in gaps.values()))
-    axes.set_xlim(-reach if low < 0 else -0.02 * reach, reach if high > 0 else 0.02 * reach)
+    everything = [0.0, *(value for values in gaps.values() for value in values)]
+    room = max(0.08 * (max(everything) - min(everything)), 1e-5)
+    axes.set_xlim(min(everything) - room, max(everything) + room)
     axes.axvline(0, color=theme.muted, linewidth=1)
     axes.set_yticks(range(len(gaps)), [shorten(name, 18) for name in gaps])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.grid(axis="x")
-    axes.set_xlabel("dense minus sparse, bits per byte (right of zero: sparse better)")
+    axes.set_xlabel("dense − sparse, bits per byte (right: sparse better)")
     axes.xaxis.label.set_fontsize(8.5)
-    axes.xaxis.get_major_locator().set_params(nbins=5)
+    axes.xaxis.set_major_locator(few_ticks(3))
     return figure
 
 
@@ -80,7 +79,9 @@ def domain_images(record: Record) -> list[Image]:
     """Return the bars of final loss by domain, and of the gap where a race compared two sides."""
     images = []
     finals = {
-        domain: [name for name in record.names if mean(record.values(name, "final", "domains", domain)) is not None]
+        domain: [
+            name for name in record.names if mean(record.values(name, "final", "domains", domain)) is not None
+        ]
         for domain in record.domains
     }
     domains = [domain for domain, names in finals.items() if names]
@@ -91,7 +92,7 @@ def domain_images(record: Record) -> list[Image]:
             render(
                 "domains",
                 lambda theme: _draw_bars(record, domains, names, theme),
-                alt="Final bits per byte of each side on each domain, as bars from zero; the table gives the numbers.",
+                alt="Final bits per byte of each side on each domain, as bars from zero.",
                 caption="<b>Final loss by domain</b>, mean over seeds.",
             )
         )

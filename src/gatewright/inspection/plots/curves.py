@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..record import Record, Run, mean, number, rows, text
-from ..words import escape, flops, percent, scaled, seconds, times
-from .theme import Image, Theme, colours, new_figure, render, shorten
+from ..words import escape, percent, tick, times
+from .theme import Image, Theme, colours, few_ticks, new_figure, render, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# key in the curve, key of the speed-up, axis label, word for "fewer", tick format
-AXES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-    ("tokens", "tokens", "training tokens", lambda x: scaled(x)),
-    ("train_flops", "flops", "training FLOPs", lambda x: flops(x)),
-    ("seconds", "seconds", "measured training seconds", lambda x: seconds(x)),
+# key in the curve, key of the speed-up, axis label
+AXES = (
+    ("tokens", "tokens", "training tokens"),
+    ("train_flops", "flops", "training FLOPs"),
+    ("seconds", "seconds", "measured training seconds"),
 )
 
 
@@ -58,8 +57,8 @@ def _mark_speedup(axes: Axes, record: Record, key: str, speedup_key: str, theme:
     box = {"boxstyle": "round,pad=0.2", "facecolor": theme.paper, "edgecolor": "none", "alpha": 0.85}
     if ratio is None or end is None or ratio <= 0:
         axes.text(
-            0.98, level, "never reached by the sparse side", transform=axes.get_yaxis_transform(),
-            ha="right", va="top", fontsize=8.5, color=theme.muted, bbox=box,
+            0.02, level, "never reached by the sparse side", transform=axes.get_yaxis_transform(),
+            ha="left", va="top", fontsize=8.5, color=theme.muted,
         )  # fmt: skip
         return
     start = end / ratio
@@ -76,8 +75,8 @@ def _mark_speedup(axes: Axes, record: Record, key: str, speedup_key: str, theme:
     )  # fmt: skip
 
 
-def _draw_curve(record: Record, axis: tuple[Any, ...], theme: Theme) -> Figure:
-    key, speedup_key, label, tick = axis
+def _draw_curve(record: Record, axis: tuple[str, str, str], theme: Theme) -> Figure:
+    key, speedup_key, label = axis
     figure, axes = new_figure(3.4)
     paint = colours(record.names, record.is_sparse, theme)
     drawn: list[list[tuple[float, float]]] = []
@@ -103,24 +102,18 @@ def _draw_curve(record: Record, axis: tuple[Any, ...], theme: Theme) -> Figure:
     axes.grid(axis="y")
     axes.set_xlabel(label)
     axes.set_ylabel("validation bits per byte")
-    axes.xaxis.set_major_locator(_locator())
+    axes.xaxis.set_major_locator(few_ticks())
     axes.xaxis.set_major_formatter(lambda x, _: tick(x))
     if drawn:
         axes.legend(loc="upper right", handlelength=1.4)
     return figure
 
 
-def _locator() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=4)
-
-
 def curve_images(record: Record) -> list[Image]:
     """Return the figures of validation bits per byte against each measure that some side recorded."""
     images = []
     for axis in AXES:
-        key, speedup_key, label, _ = axis
+        key, speedup_key, label = axis
         if not any(points(run, key) for run in record.runs):
             continue
         words = f"Validation bits per byte against {label}, one line per side and seed."
@@ -133,7 +126,12 @@ def curve_images(record: Record) -> list[Image]:
                 else "the sparse side never reaches it"
             )
             words += f" Dashed: the dense side's final quality; {reached}."
-            note = " Dashed: the dense twin's final quality; the arrow goes back to where sparse reached it."
+            way = (
+                "the arrow runs to where sparse reached it"
+                if ratio is not None
+                else "sparse never reached it"
+            )
+            note = f" Dashed: the dense twin's final quality; {way}."
         images.append(
             render(
                 f"curve_{key}",
@@ -171,8 +169,8 @@ def _draw_losses(record: Record, theme: Theme) -> Figure:
     axes.set_ylim(min(tail) - 0.05 * room, max(tail) + 0.06 * room)
     axes.set_xlim(left=0)
     axes.grid(axis="y")
-    axes.xaxis.set_major_locator(_locator())
-    axes.xaxis.set_major_formatter(lambda x, _: scaled(x))
+    axes.xaxis.set_major_locator(few_ticks())
+    axes.xaxis.set_major_formatter(lambda x, _: tick(x))
     axes.set_xlabel("training tokens")
     axes.set_ylabel("training loss")
     axes.legend(loc="upper right", handlelength=1.4)
@@ -181,7 +179,9 @@ def _draw_losses(record: Record, theme: Theme) -> Figure:
 
 def loss_images(record: Record) -> list[Image]:
     """Return the figure of training loss, smoothed over a fortieth of the log, where one was recorded."""
-    logged = [row for run in record.runs for row in rows(run.side, "train_log") if number(row, "loss") is not None]
+    logged = [
+        row for run in record.runs for row in rows(run.side, "train_log") if number(row, "loss") is not None
+    ]
     if not any(number(row, "tokens") is not None for row in logged):
         return []
     return [
@@ -189,7 +189,7 @@ def loss_images(record: Record) -> list[Image]:
             "train_loss",
             lambda theme: _draw_losses(record, theme),
             alt="Training loss against training tokens, one line per side and seed.",
-            caption=f"<b>Training loss</b>, smoothed over {percent(1 / 40)} of the log. Early points above the "
-            "frame are cut.",
+            caption=f"<b>Training loss</b>, smoothed over {percent(1 / 40)} of the log. Early points above "
+            "the frame are cut.",
         )
     ]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..record import number, rows, table
-from ..words import escape, percent, scaled
-from .theme import Image, Theme, new_figure, render, shorten
+from ..words import escape, percent, tick
+from .theme import Image, Theme, few_ticks, new_figure, render, shorten
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
@@ -51,63 +52,75 @@ def _edges(centres: np.ndarray) -> np.ndarray:
     return np.concatenate([[centres[0] - (inner[0] - centres[0])], inner, [2 * centres[-1] - inner[-1]]])
 
 
+def reach(tables: Iterable[np.ndarray], even: float) -> float:
+    """Return the factor above and below the even share at which colour saturates, 2 to 8."""
+    largest = max((float(table.max()) for table in tables), default=even)
+    return min(8.0, max(2.0, largest / even))
+
+
 def _shares(
-    columns: np.ndarray, values: np.ndarray, even: float, top: float, theme: Theme, height: float
-) -> tuple[Figure, Any]:
-    """Return a heat map of shares whose neutral colour is `even`, with a colour bar that says so."""
-    from matplotlib.colors import TwoSlopeNorm
+    columns: np.ndarray, values: np.ndarray, even: float, factor: float, theme: Theme, height: float
+) -> tuple[Figure, Axes]:
+    """Return a heat map of shares on a logarithmic scale around `even`, the neutral colour."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import NullLocator
 
     figure, axes = new_figure(height)
-    norm = TwoSlopeNorm(vmin=0.0, vcenter=even, vmax=top)
+    low, high = even / factor, even * factor
     lines = np.arange(len(values) + 1) - 0.5
-    mesh = axes.pcolormesh(columns, lines, values, cmap=_around(theme), norm=norm, rasterized=True)
+    shown = np.clip(values, low, high)  # zero has no logarithm; it is the deepest blue
+    mesh = axes.pcolormesh(
+        columns, lines, shown, cmap=_around(theme), norm=LogNorm(low, high), rasterized=True
+    )
     bar = figure.colorbar(mesh, ax=axes, pad=0.015, fraction=0.05, aspect=18)
-    bar.set_ticks([0.0, even, top])
-    bar.set_ticklabels(["0 %", percent(even), percent(top)])
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    top = percent(high) if high <= 1 else ""
+    bar.set_ticks([low, even, high], labels=[f"≤ {percent(low)}", percent(even), top and f"≥ {top}"])
+    bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, labelsize=8.5)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure, axes
 
 
-def _draw_load(steps: np.ndarray, load: np.ndarray, top: float, title: str, theme: Theme) -> Figure:
+def _draw_load(steps: np.ndarray, load: np.ndarray, factor: float, title: str, theme: Theme) -> Figure:
     if len(steps) > COLUMNS:
         parts = np.array_split(np.arange(len(steps)), COLUMNS)
         steps = np.array([steps[part].mean() for part in parts])
         load = np.stack([load[part].mean(axis=0) for part in parts])
     experts = load.shape[1]
     height = 1.5 + min(1.7, 0.1 * experts)
-    figure, axes = _shares(_edges(steps), load.T, 1 / experts, top, theme, height)
+    figure, axes = _shares(_edges(steps), load.T, 1 / experts, factor, theme, height)
     axes.set_title(shorten(title, 44))
     axes.set_xlabel("training step")
     axes.set_ylabel("expert")
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.set_major_formatter(lambda x, _: scaled(x))
+    axes.yaxis.set_major_locator(few_ticks(6, integer=True))
+    axes.xaxis.set_major_formatter(lambda x, _: tick(x))
     axes.invert_yaxis()
     return figure
 
 
 def load_images(side: Mapping[str, Any], slug: str) -> list[Image]:
     """Return one heat map of load over training per router; all share one colour scale."""
-    series = {name: found for name in table(side, "load_over_time", "routers") if (found := load_series(side, name))}
+    series = {
+        name: found for name in table(side, "load_over_time", "routers") if (found := load_series(side, name))
+    }
     if not series:
         return []
-    # Above four times the even share a colour says "far too much"; one dead start must not flatten the rest.
+    factor = max(reach([load], 1 / load.shape[1]) for _, load in series.values())
     images = []
     for name, (steps, load) in series.items():
         experts = load.shape[1]
-        top = max(2.0, min(4.0, float(load.max()) * experts)) / experts
         final = load[-1]
         words = (
-            f"Load of {name}: share of assignments of each of {experts} experts over training. An even share is "
-            f"{percent(1 / experts)}; at the end the largest is {percent(float(final.max()))} and the smallest "
+            f"Load of {name}: share of assignments of each of {experts} experts over training. An even share "
+            f"is {percent(1 / experts)}; at the end the most is {percent(float(final.max()))}, the least "
             f"{percent(float(final.min()))}."
         )
         images.append(
             render(
                 f"load_{slug}{name}",
-                lambda theme, a=steps, b=load, c=top, d=name: _draw_load(a, b, c, d, theme),  # type: ignore[misc]
+                lambda theme, a=steps, b=load, c=factor, d=name: _draw_load(a, b, c, d, theme),  # type: ignore[misc]
                 alt=words,
                 caption=f"<b>{escape(name)}</b>: even share {percent(1 / experts)}; at the end "
                 f"{percent(float(final.min()))} to {percent(float(final.max()))}.",
@@ -122,13 +135,14 @@ def specialisation_order(shares: np.ndarray) -> np.ndarray:
     return np.lexsort((-shares.max(axis=0), best))
 
 
-def _draw_specialisation(shares: np.ndarray, domains: Sequence[str], chance: float, title: str, theme: Theme) -> Figure:
+def _draw_specialisation(
+    shares: np.ndarray, domains: Sequence[str], chance: float, factor: float, title: str, theme: Theme
+) -> Figure:
     experts = shares.shape[1]
     order = specialisation_order(shares)
-    top = max(float(shares.max()), 2 * chance)
     height = 1.15 + 0.27 * len(domains)
     columns = np.arange(experts + 1) - 0.5
-    figure, axes = _shares(columns, shares[:, order], chance, top, theme, height)
+    figure, axes = _shares(columns, shares[:, order], chance, factor, theme, height)
     axes.set_title(shorten(title, 44))
     axes.set_yticks(range(len(domains)), [shorten(name, 16) for name in domains])
     axes.set_xlabel("expert, grouped by the domain that selects it most")
@@ -143,19 +157,24 @@ def _draw_specialisation(shares: np.ndarray, domains: Sequence[str], chance: flo
 def specialisation_images(side: Mapping[str, Any], slug: str) -> list[Image]:
     """Return one heat map, domain x expert, per router: share of a domain's tokens that select the expert."""
     domains = [str(name) for name in rows(side, "specialisation", "domains")]
+    tables = {
+        name: shares
+        for name, value in table(side, "specialisation", "routers").items()
+        if (shares := matrix(value)) is not None and len(shares) == len(domains)
+    }
     images = []
-    for name, value in table(side, "specialisation", "routers").items():
-        shares = matrix(value)
-        if shares is None or len(shares) != len(domains):
-            continue
+    factor = max((reach([shares], chance_level(side, shares)) for shares in tables.values()), default=2.0)
+    for name, shares in tables.items():
         chance = chance_level(side, shares)
         domain, expert = np.unravel_index(int(shares.argmax()), shares.shape)
         peak = f"{percent(float(shares.max()))} of the tokens of {domains[domain]} select expert {expert}"
         images.append(
             render(
                 f"specialisation_{slug}{name}",
-                lambda theme, a=shares, b=chance, c=name: _draw_specialisation(a, domains, b, c, theme),  # type: ignore[misc]
-                alt=f"Domain specialisation of {name}: share of each domain's tokens that select each expert. "
+                lambda theme, a=shares, b=chance, c=name: _draw_specialisation(
+                    a, domains, b, factor, c, theme
+                ),  # type: ignore[misc]
+                alt=f"Domain specialisation of {name}: share of a domain's tokens that select each expert. "
                 f"Chance is {percent(chance)}. Largest: {peak}.",
                 caption=f"<b>{escape(name)}</b>: chance {percent(chance)}. Largest: {escape(peak)}.",
             )
@@ -164,7 +183,7 @@ def specialisation_images(side: Mapping[str, Any], slug: str) -> list[Image]:
 
 
 def chance_level(side: Mapping[str, Any], shares: np.ndarray) -> float:
-    """Return K/E: the recorded chance level, or the mean of the table, which equals it when nothing is unrouted."""
+    """Return K/E as recorded, else the mean of the table, which equals it when every token is routed."""
     chance = number(side, "specialisation", "chance")
     if chance is None or not 0 < chance <= 1:
         chance = float(shares.mean())
@@ -202,7 +221,7 @@ def _draw_drops(series: dict[str, list[tuple[float, float]]], theme: Theme) -> F
     axes.grid(axis="y")
     axes.set_xlabel("training step")
     axes.set_ylabel("assignments dropped")
-    axes.xaxis.set_major_formatter(lambda x, _: scaled(x))
+    axes.xaxis.set_major_formatter(lambda x, _: tick(x))
     axes.yaxis.set_major_formatter(lambda y, _: percent(y))
     if len(series) <= 16:
         axes.legend(loc="upper right", ncols=2 if len(series) > 6 else 1, fontsize=8)

@@ -1,4 +1,4 @@
-"""Figures over several runs: scaling with experts, small data, and the triangle of quality, compute and size."""
+"""Figures over several runs: scaling with experts, small data, quality against compute and size."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..record import Record, mean, number, rows, text
-from ..words import bits, flops, percent, scaled
-from .theme import Image, Theme, new_figure, render, shorten
+from ..words import bits, flops, percent, scaled, tick
+from .theme import Image, Theme, few_ticks, new_figure, render, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +24,11 @@ def grouped(items: Iterable[Mapping[str, Any]], key: str, value: str) -> dict[fl
     return dict(sorted(found.items()))
 
 
-def _line(axes: Axes, found: dict[float, list[float]], colour: str, label: str | None, style: str = "-") -> None:
-    axes.plot(
-        list(found), [mean(values) for values in found.values()], color=colour, linestyle=style, marker="o",
-        markersize=4.5, label=label,
-    )  # fmt: skip
+def _line(
+    axes: Axes, found: dict[float, list[float]], colour: str, label: str | None, style: str = "-"
+) -> None:
+    middle = [sum(values) / len(values) for values in found.values()]
+    axes.plot(list(found), middle, color=colour, linestyle=style, marker="o", markersize=4.5, label=label)
     for x, values in found.items():
         if len(values) > 1:
             axes.plot([x] * len(values), values, linestyle="", marker="_", markersize=9, color=colour)
@@ -83,7 +83,9 @@ def _by_kind(record: Record) -> dict[str, dict[float, list[float]]]:
     items = [item for item in rows(record.result, "small_data") if isinstance(item, Mapping)]
     kinds = dict.fromkeys(text(item, "kind") or "unnamed" for item in items)
     found = {
-        kind: grouped([item for item in items if (text(item, "kind") or "unnamed") == kind], "fraction", "valid_bpb")
+        kind: grouped(
+            [item for item in items if (text(item, "kind") or "unnamed") == kind], "fraction", "valid_bpb"
+        )
         for kind in kinds
     }
     return {kind: values for kind, values in found.items() if values}
@@ -112,7 +114,9 @@ def small_data_images(record: Record) -> list[Image]:
     if not found:
         return []
     listed = "; ".join(
-        f"{kind} at {percent(x)}: {bits(mean(values))}" for kind, series in found.items() for x, values in series.items()
+        f"{kind} at {percent(x)}: {bits(mean(values))}"
+        for kind, series in found.items()
+        for x, values in series.items()
     )
     return [
         render(
@@ -137,26 +141,26 @@ def _draw_triangle(record: Record, theme: Theme) -> Figure:
     figure, axes = new_figure(3.6)
     known = triangle_points(record)
     sizes = [number(point, "total_parameters") or 0.0 for point in known]
-    largest = max(sizes) or 1.0
-    for point, size in zip(known, sizes, strict=True):
-        x, y = number(point, "train_flops"), number(point, "valid_bpb")
-        assert x is not None
-        assert y is not None
+    places = [(number(point, "train_flops") or 0.0, number(point, "valid_bpb") or 0.0) for point in known]
+    middle = (min(x for x, _ in places) + max(x for x, _ in places)) / 2
+    for point, size, place in zip(known, sizes, places, strict=True):
         name = text(point, "name")
         kind = record.is_sparse(name) if name in record.names else "dense" not in name
+        area = max(60.0, 1500 * size / (max(sizes) or 1.0))
         colour = theme.sparse[0] if kind else theme.dense[0]
-        axes.scatter([x], [y], s=max(60.0, 1500 * size / largest), color=colour, alpha=0.55, edgecolor=theme.ink)
+        axes.scatter(*place, s=area, color=colour, alpha=0.55, edgecolor=theme.ink)
         active = number(point, "active_parameters")
         words = f"{shorten(name, 20)}\n{scaled(size or None)} total"
         words += f"\n{scaled(active)} active" if active is not None else ""
+        side = 1 if place[0] <= middle else -1
         axes.annotate(
-            words, (x, y), xytext=(0, -4 - (max(60.0, 1500 * size / largest) ** 0.5) / 2),
-            textcoords="offset points", ha="center", va="top", fontsize=8,
+            words, place, xytext=(side * (area**0.5 / 2 + 5), 0), textcoords="offset points",
+            ha="left" if side > 0 else "right", va="center", fontsize=8.5,
         )  # fmt: skip
-    axes.margins(0.3, 0.45)
+    axes.margins(0.25, 0.3)
     axes.grid()
-    axes.xaxis.get_major_locator().set_params(nbins=4)
-    axes.xaxis.set_major_formatter(lambda x, _: flops(x))
+    axes.xaxis.set_major_locator(few_ticks())
+    axes.xaxis.set_major_formatter(lambda x, _: tick(x))
     axes.set_xlabel("training FLOPs")
     axes.set_ylabel("final bits per byte")
     return figure
@@ -168,8 +172,8 @@ def triangle_images(record: Record) -> list[Image]:
     if not known:
         return []
     listed = "; ".join(
-        f"{text(point, 'name')}: {bits(number(point, 'valid_bpb'))} at {flops(number(point, 'train_flops'))} with "
-        f"{scaled(number(point, 'total_parameters'))} parameters"
+        f"{text(point, 'name')}: {bits(number(point, 'valid_bpb'))} at {flops(number(point, 'train_flops'))}"
+        f", {scaled(number(point, 'total_parameters'))} parameters"
         for point in known
     )
     return [
@@ -177,7 +181,7 @@ def triangle_images(record: Record) -> list[Image]:
             "triangle",
             lambda theme: _draw_triangle(record, theme),
             alt=f"Quality, compute and size: {listed}.",
-            caption="<b>Quality, compute and size.</b> Lower is better, further left is cheaper; the area of a "
-            "disc is the number of total parameters.",
+            caption="<b>Quality, compute and size.</b> Lower is better, further left is cheaper; the area of "
+            "a disc is the number of total parameters.",
         )
     ]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
 
-WIDTH = 4.8  # inches: at 10 points the letters stay legible when a phone shows the figure 350 pixels wide
+WIDTH = 4.4  # inches: 10 points stay legible where a phone shows the figure 340 pixels wide
 DOTS = 200
 
 
@@ -131,6 +132,13 @@ def colours(names: Sequence[str], sparse: Callable[[str], bool], theme: Theme) -
     return chosen
 
 
+def few_ticks(count: int = 4, integer: bool = False) -> Locator:
+    """Return a locator of at most `count` steps at round numbers, or at whole ones."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=count, min_n_ticks=1, integer=integer)
+
+
 def render(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str) -> Image:
     """Draw a figure in both themes. `caption` is HTML; `alt` is plain text.
 
@@ -141,8 +149,9 @@ def render(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str
 
     images = []
     for theme in (LIGHT, DARK):
-        with rc_context(_settings(theme)), warnings.catch_warnings():
-            # A name in a script that the bundled font lacks is drawn as boxes; the text beside it is complete.
+        settings: Any = _settings(theme)
+        with rc_context(settings), warnings.catch_warnings():
+            # A script that the bundled font lacks is drawn as boxes; the text beside it is complete.
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             buffer = io.BytesIO()
             draw(theme).savefig(buffer, format="png")
