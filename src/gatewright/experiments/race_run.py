@@ -24,7 +24,7 @@ class RaceRun(LoopSettings):
     """the first of them"""
     tokens: int = 8_192_000
     """tokens of the dense twin's annealed run (100 %)"""
-    fraction: float = 0.75
+    fraction: float = 0.7
     """share of those tokens on which the sparse model is annealed"""
     against: Literal["active", "total"] = "active"
     """the twin has equal FLOPs per token (active), or as many total parameters (total)"""
