@@ -1,4 +1,4 @@
-"""Random Mixture-of-Experts cases, and the same case through the library and through the oracle, as named tensors."""
+"""Random Mixture-of-Experts cases; one case through the library and through the oracle, as named tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def repeatable(examples: int) -> settings:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer on one batch. `skew`: "none", "one" (all tokens choose expert E - 1 first) or "ties" (all scores equal)."""
+    """One layer on one batch.
+
+    `skew`: "none", "one" (all tokens choose expert E - 1 first) or "ties" (all scores equal).
+    """
 
     num_tokens: int
     width: int
@@ -64,7 +67,7 @@ def cases(draw: st.DrawFn, widths: st.SearchStrategy[int] | None = None) -> Case
 
 
 def make(case: Case, backend: str, dtype: torch.dtype) -> tuple[MoELayer, Tensor, Tensor]:
-    """Return (layer, x [T, D], direction [T, D]): random weights and input, and what y is multiplied with in the task loss."""
+    """Return (layer, x [T, D], direction [T, D]): the task loss is the sum of y * direction."""
     draw = torch.Generator().manual_seed(case.seed)
     layer = MoELayer(
         case.width,
@@ -117,7 +120,7 @@ STATISTICS = (
 
 
 def through_oracle(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Return what `through_library` returns, computed by the oracle in fp64 from the same (rounded) numbers."""
+    """Return what `through_library` returns, by the oracle in fp64 from the same (rounded) numbers."""
     layer, x, direction = make(case, "reference", dtype)
     x = x.double().requires_grad_()
     leaves = oracle_weights(layer)
@@ -174,7 +177,7 @@ def record_tensors(record: oracle.Record) -> dict[str, Tensor]:
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Fail unless integers are equal and floats agree within `tolerance`, relative to the tensor's largest number."""
+    """Fail unless integers are equal and floats agree; `tolerance` is relative to the tensor's largest number."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         want = expected[name]
