@@ -1,0 +1,117 @@
+"""Bytes that a decoder needs: weights, optimizer, activations kept for the backward pass, key-value cache.
+
+Counted from the modules, so it works on the meta device. Sizes are in bytes; GB elsewhere means 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gatewright.backbones import Attention, Block, Decoder
+from gatewright.errors import UserError, did_you_mean
+from gatewright.parts import MLP, MoELayer
+
+BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+# Bytes of state per parameter beside weight and gradient; two fp32 moments, one, or none.
+OPTIMIZERS = {"adamw": 8, "sgd_momentum": 4, "sgd": 0}
+MASTER_BYTES = 4
+TRAINED_DTYPES = ("fp32", "bf16")
+
+
+def check_choice(what: str, given: str, allowed: tuple[str, ...]) -> str:
+    """Return `given` if it is one of `allowed`; raise UserError otherwise."""
+    if given not in allowed:
+        raise UserError(
+            f"{what} {given!r} is unknown{did_you_mean(given, allowed)}; allowed: {', '.join(allowed)}"
+        )
+    return given
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of one training step; `recomputed` is what replaces `activations` when blocks are recomputed."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        """Sum with all activations kept."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(model: Decoder, dtype: str, context: int, batch: int, optimizer: str) -> TrainingMemory:
+    """Return what training takes for `batch` sequences of `context` tokens at a time.
+
+    fp32 keeps weight and gradient in 4 bytes each. bf16 keeps 2 and 2, and the optimizer an fp32 master copy:
+    with AdamW both come to 16 bytes per parameter.
+    """
+    count = sum(p.numel() for p in model.parameters())
+    each = BYTES_PER_WEIGHT[check_choice("training dtype", dtype, TRAINED_DTYPES)]
+    state = OPTIMIZERS[check_choice("optimizer", optimizer, tuple(OPTIMIZERS))]
+    master = MASTER_BYTES if dtype == "bf16" else 0
+    tokens = batch * context
+    blocks = [_block_bytes(block, each) for block in model.layers if isinstance(block, Block)]
+    ends = _ends_bytes(model, each)
+    kept_inputs = each * model.width * len(blocks)
+    return TrainingMemory(
+        weights=each * count,
+        gradients=each * count,
+        optimizer=float((state + master) * count),
+        activations=tokens * (sum(blocks) + ends),
+        recomputed=tokens * (kept_inputs + max(blocks) + ends),
+    )
+
+
+def _norm_bytes(width: int, each: float, output_kept: bool = True) -> float:
+    """Per token: input and normalised values in fp32, and the output where the next layer keeps it."""
+    return 8 * width + (each * width if output_kept else 0)
+
+
+def _block_bytes(block: Block, each: float) -> float:
+    """Per token, what one block keeps for its backward pass; `each` bytes per activation.
+
+    Two norms; queries, keys, values, attention's output and its log-sum-exp (fused attention keeps no S x S
+    matrix); gated feed-forward: both halves, the activated gate and the product; mixture: the pre-activations
+    of K experts, the router's fp32 input, logits and scores, and the plan.
+    """
+    attention = block.attention
+    assert isinstance(attention, Attention)
+    width = attention.query.weight.shape[1]
+    query, key = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    kept = 2 * _norm_bytes(width, each) + each * (2 * query + 2 * key) + 4 * attention.num_heads
+    if attention.qk_norm != "none":
+        kept += _norm_bytes(query, each, output_kept=False) + _norm_bytes(key, each, output_kept=False)
+    feed_forward = block.feed_forward
+    if isinstance(feed_forward, MoELayer):
+        return kept + _mixture_bytes(feed_forward, width, each)
+    assert isinstance(feed_forward, MLP)
+    return kept + _mlp_bytes(feed_forward, each)
+
+
+def _mlp_bytes(mlp: MLP, each: float) -> float:
+    hidden, pre = mlp.w_down.shape[1], mlp.w_in.shape[0]
+    # ReLU's backward needs its output alone; GELU and the gated forms also keep what went in.
+    kept = hidden if mlp.activation == "relu" else pre + hidden + (hidden if pre != hidden else 0)
+    return each * kept
+
+
+def _mixture_bytes(layer: MoELayer, width: int, each: float) -> float:
+    pre = layer.experts.w_in.shape[1] * layer.num_selected
+    router = 2 * 4 * layer.num_experts + (4 * width if each < 4 else 0)
+    plan = layer.num_selected * (4 + 8 + 8)  # fp32 weight, slot and token id of each choice
+    shared = 0.0 if layer.shared is None else _mlp_bytes(layer.shared, each)
+    return each * pre + router + plan + shared
+
+
+def _ends_bytes(model: Decoder, each: float) -> float:
+    """Per token: id, last norm, and at the loss logits, their fp32 copy or gradient, log-probabilities."""
+    return 8 + _norm_bytes(model.width, each) + model.vocab_size * (each + 4 + 4)
+
+
+def kv_cache_bytes_per_token(model: Decoder, each: float) -> float:
+    """Return the bytes that one token of one sequence keeps: 2 L Hkv head_dim values of `each` bytes."""
+    return 2 * len(model.layers) * model.num_kv_heads * model.head_dim * each
