@@ -33,7 +33,7 @@ class RacePlan:
 QUICKSTART = RacePlan(
     name="race/quickstart",
     race=RaceRun(seeds=3),
-    rates=(3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    rates=(1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
     sweep_share=1.0,
     claim="a sparse model annealed on 70 % of the tokens is at or below its dense twin annealed on 100 %, by more than the spread of seeds",
 )
