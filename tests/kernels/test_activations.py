@@ -25,7 +25,7 @@ def test_gelu_is_the_exact_one():
 
 
 def test_swiglu_takes_the_gate_first():
-    # h = (gate 1, up 3): silu(1) * 3 = 3 / (1 + e^-1) = 2.1931757; the other way round silu(3) * 1 = 2.8577224.
+    # h = (gate 1, up 3): silu(1) * 3 = 3 / (1 + e^-1) = 2.1931757; swapped it would be 2.8577224.
     value = activate("swiglu", torch.tensor([1.0, 3.0], dtype=torch.float64))
     assert value.tolist() == pytest.approx([3 / (1 + math.exp(-1))], abs=1e-15)
 

@@ -1,4 +1,4 @@
-"""Every backend computes the reference's meaning: against the oracle, against finite differences, and in odd corners."""
+"""Every backend has one meaning: against the oracle, against finite differences, and in odd corners."""
 
 from __future__ import annotations
 
@@ -172,8 +172,8 @@ def test_alignment_follows_the_row_stride_in_bytes():
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_combine_sums_in_fp32(backend: str, dtype: torch.dtype):
-    # Every expert gives exactly 1. Weights 1 and 47 times w: each w is below half a step of the dtype at 1, so a sum in that
-    # dtype stays at 1, while 1 + 47 w is far from it.
+    # Every expert gives exactly 1. Weights 1 and 47 times w: each w is below half a step of the dtype at 1:
+    # a sum in the dtype stays at 1, while 1 + 47 w is far from it.
     num_experts = 48
     small = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
     plan = plan_of([list(range(num_experts))], num_experts)

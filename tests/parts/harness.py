@@ -177,7 +177,7 @@ def record_tensors(record: oracle.Record) -> dict[str, Tensor]:
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Fail unless integers are equal and floats agree; `tolerance` is relative to the tensor's largest number."""
+    """Fail unless integers are equal and floats near; `tolerance` is relative to the tensor's largest."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         want = expected[name]
@@ -196,3 +196,11 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 def statistics(record: RouterStats) -> dict[str, Tensor]:
     """Return a record's sums and counts by name."""
     return {name: getattr(record, name).detach() for name in STATISTICS}
+
+
+def seen_layer(num_experts: int, num_selected: int, **options: object) -> MoELayer:
+    """Return an fp64 layer whose logits are its input: width E and the identity as router."""
+    layer = MoELayer(num_experts, num_experts, num_selected, 3, **options).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(num_experts))
+    return layer

@@ -91,7 +91,7 @@ def test_both_views_say_the_same(drawn, capacity: int | None):
 
 
 def test_a_plan_by_hand():
-    # Places in position order: t0 -> 1, 0; t1 -> 1, 2; t2 -> 1, 0. Capacity 2 drops t2's first choice: expert 1 is full.
+    # In position order: t0 -> 1, 0; t1 -> 1, 2; t2 -> 1, 0. With capacity 2, expert 1 is full for t2.
     plan = make_plan(assign([[1, 0], [1, 2], [1, 0]], 4), 2)
     assert plan.token_ids.tolist() == [0, 2, 0, 1, 1]
     assert plan.counts.tolist() == [2, 2, 1, 0]

@@ -55,7 +55,7 @@ def test_fp32_equals_the_oracle(case: Case):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["raw", "renormalised"])
 def test_bf16_stays_within_three_percent_of_the_oracle(backend: str, form: str):
-    # bf16 keeps 8 bits, 0.4 %; an output sums a few dozen such roundings. The router's sums are fp32 all the same.
+    # bf16 keeps 8 bits, 0.4 %; an output sums a few dozen such roundings. The router's sums are fp32.
     case = Case(24, 16, 6, 2, 12, form=form, num_shared=1, seed=3)
     found, expected = through_library(case, backend, torch.bfloat16), through_oracle(case, torch.bfloat16)
     exact = {name for name in found if name.startswith("stats.") or name in ("balance", "z")}

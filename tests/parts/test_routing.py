@@ -49,7 +49,7 @@ def test_switch_takes_the_best_expert_with_its_raw_score():
 
 @pytest.mark.parametrize("form", ["renormalised", "softmax_selected"])
 def test_mixtral_weights_sum_to_one(form):
-    # Softmax(Top2(x W_g)): the chosen logits ln 5 and ln 3 give 5 / 8 and 3 / 8, whatever the other experts hold.
+    # Softmax(Top2(x W_g)): the chosen logits ln 5 and ln 3 give 5 / 8 and 3 / 8, whatever the others are.
     logits = logits_of([LN3, 0.0, LN5, LN2])
     chosen = token_choice(logits, softmax_scores(logits), 2, form)
     assert chosen.experts.tolist() == [[2, 0]]
@@ -65,7 +65,7 @@ def test_olmoe_keeps_the_raw_scores():
 
 
 def test_softmax_over_selected_reads_the_logits_not_the_scores():
-    # Scores that are no softmax (here sigmoid-like) choose experts 1 and 2; the weights come from their logits 0 and ln 3.
+    # Scores that are no softmax choose experts 1 and 2; the weights come from their logits 0 and ln 3.
     logits, scores = logits_of([LN5, 0.0, LN3]), logits_of([0.1, 0.9, 0.8])
     chosen = token_choice(logits, scores, 2, "softmax_selected")
     assert chosen.experts.tolist() == [[1, 2]]
