@@ -1,0 +1,100 @@
+"""Recorded experiments by name: `gatewright reproduce PAPER/TABLE` rebuilds one and writes its result file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gatewright.errors import UserError, did_you_mean
+from gatewright.experiments.pages import race_page
+from gatewright.experiments.quickstart import HOUR, QUICKSTART, RacePlan, run_plan
+from gatewright.training.checkpoint import write_atomic
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One experiment: what it claims, and the function (work folder, quick) -> record, page text and pictures."""
+
+    name: str
+    about: str
+    run: Callable[[Path, bool], tuple[Record, str, dict[str, Path]]]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What `reproduce` wrote: result file, page and pictures."""
+
+    target: str
+    quick: bool
+    sentence: str
+    files: tuple[str, ...]
+
+    def to_dict(self) -> Record:
+        """Return plain data for JSON."""
+        return {
+            "target": self.target,
+            "quick": self.quick,
+            "result": self.sentence,
+            "files": list(self.files),
+        }
+
+    def to_text(self) -> str:
+        """Return the result in a few lines."""
+        return "\n".join([f"{self.target}{' (quick)' if self.quick else ''}: {self.sentence}", *self.files])
+
+
+def _race_target(plan: RacePlan) -> Target:
+    def run(work: Path, quick: bool) -> tuple[Record, str, dict[str, Path]]:
+        record = run_plan(plan, work, quick)
+        slim = {**record, "target": plan.name, "quick": quick, "race": slim_race(record["race"])}
+        pictures = {
+            axis: work / "race" / f"curve_{axis}.png" for axis in ("tokens", "train_flops", "seconds")
+        }
+        return slim, race_page(slim), pictures
+
+    return Target(plan.name, plan.claim, run)
+
+
+TARGETS: dict[str, Target] = {plan.name: _race_target(plan) for plan in (QUICKSTART, HOUR)}
+
+
+def reproduce(
+    target: str, quick: bool = False, out: Path = Path("reproductions"), work: Path | None = None
+) -> Reproduction:
+    """Run one experiment and write OUT/NAME.json, NAME.md and pictures; a stopped one goes on where it was.
+
+    Args: `quick` takes minutes and writes NAME-quick.*; the full form is what is recorded. `work` holds runs and checkpoints
+    (default runs/reproduce/NAME).
+    Raises: UserError for an unknown target.
+    """
+    if target not in TARGETS:
+        raise UserError(
+            f"reproduction {target!r} is unknown{did_you_mean(target, TARGETS)}; allowed: {', '.join(TARGETS)}"
+        )
+    name = target.replace("/", "-") + ("-quick" if quick else "")
+    record, page, pictures = TARGETS[target].run(work or Path("runs/reproduce") / name, quick)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / f"{name}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_atomic(out / f"{name}.md", page)
+    files = [out / f"{name}.json", out / f"{name}.md"]
+    for axis, picture in pictures.items():
+        if picture.exists():
+            files.append(out / f"{name}-{axis}.png")
+            shutil.copyfile(picture, files[-1])
+    return Reproduction(target, quick, record["race"]["verdict"]["sentence"], tuple(str(f) for f in files))
+
+
+def slim_race(race: Record) -> Record:
+    """Return a race's record without what only its report needs: per-step logs, loads and coloured texts."""
+    large = ("train_log", "load_over_time", "dropped_over_time", "token_view")
+    runs = [
+        {**one, "sides": [{k: v for k, v in side.items() if k not in large} for side in one["sides"]]}
+        for one in race["runs"]
+    ]
+    return {**race, "runs": runs}
