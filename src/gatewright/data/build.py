@@ -20,10 +20,10 @@ from gatewright.data.store import Source, TextStore, TextWriter
 from gatewright.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
 from gatewright.errors import UserError
 
-BUILDER_VERSION = "2"
+BUILDER_VERSION = "3"
 """Changes whenever the same sources would give other documents, clusters, splits or tokens."""
 BPE_TEXT = 32_000_000
-"""Bytes of training text, evenly from all of it, that a BPE is trained on."""
+"""Bytes of training text that a BPE is trained on: its first part, balanced over the domains."""
 ABOUT = "about.json"
 _BATCH = 256
 
@@ -97,8 +97,8 @@ def build_text(folder: Path, sources: Sequence[Source], progress: Progress) -> d
 
 
 def _bpe_sample(store: TextStore, training: NDArray[np.int64]) -> NDArray[np.int64]:
-    total = int(store.sizes[training].sum())
-    return training[:: max(1, -(-total // BPE_TEXT))]
+    # Every prefix of the training order holds its share of each domain.
+    return training[: int(np.searchsorted(np.cumsum(store.sizes[training]), BPE_TEXT)) + 1]
 
 
 def _tokenizer(store: TextStore, training: NDArray[np.int64], given: str, progress: Progress) -> Tokenizer:

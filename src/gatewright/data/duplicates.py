@@ -42,14 +42,14 @@ _PROBES = _probe_table()
 
 
 def normalise(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the bytes with ASCII letters lower-cased and each run of white space as one space."""
+    """Return the bytes with ASCII letters lower-cased and each run of white space as a space, none at the ends."""
     plain = _LOWER[raw]
     space = plain == 32
     keep = ~space
     keep[1:] |= ~space[:-1]
     plain = plain[keep]
-    lead = 1 if len(plain) and plain[0] == 32 else 0
-    return np.ascontiguousarray(plain[lead:])
+    first, last = int(plain[:1].sum() == 32), len(plain) - int(plain[-1:].sum() == 32)
+    return np.ascontiguousarray(plain[first:last])
 
 
 def signature(raw: NDArray[np.uint8]) -> NDArray[np.uint64]:

@@ -21,6 +21,7 @@ COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {
     ".xz": lambda path: cast(IO[bytes], lzma.LZMAFile(path)),  # noqa: SIM115 - the caller closes it
 }
 PARQUET = ".parquet"
+BINARY = "holds NUL bytes, so it is binary data"
 FIELDS = ("text", "content")
 _FIELD_NAMES = " or ".join(f'"{name}"' for name in FIELDS)
 # UTF-32's mark begins with UTF-16's, so it is looked for first.
@@ -81,9 +82,11 @@ def _decode(file: IO[bytes]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
     while True:
+        if encoding == "utf-8" and b"\0" in raw:
+            raise NotText(BINARY)
         text = lines.decode(raw, final=not first)
         if "\0" in text:
-            raise NotText("holds NUL bytes, so it is binary data")
+            raise NotText(BINARY)
         if text:
             yield text
         if not first:

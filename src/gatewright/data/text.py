@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,8 @@ LARGEST_PIECE = 65_536
 """Characters of the longest document; a longer text is cut into several."""
 SMALLEST_PIECE = 2_048
 
+# More would only take time: 64 MB of words on one line hold millions of them.
+_CANDIDATES = 512
 # The places to cut before, best first: a paragraph that starts at the margin, any paragraph, a line, a word.
 # Each run is matched once, from its first character on, so that a million empty lines take linear time.
 _MARKS = tuple(
@@ -46,7 +49,8 @@ def cut(blocks: Iterable[str], longest: int = LARGEST_PIECE) -> Iterator[str]:
 def _place(text: str, start: int, longest: int) -> int:
     for mark in _MARKS:
         best, smallest = 0, 1 << 32
-        for match in mark.finditer(text, start + max(1, longest // 4), start + longest):
+        matches = mark.finditer(text, start + max(1, longest // 4), start + longest)
+        for match in itertools.islice(matches, _CANDIDATES):
             after = match.end()
             checksum = zlib.crc32(text[after : after + 48].encode("utf-8", "replace"))
             if checksum < smallest:
