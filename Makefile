@@ -16,7 +16,7 @@ CORPUS := $(wildcard requirements/corpus.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check lint types bench planted setup clean
+.PHONY: help quickstart test check lint types docs bench planted setup clean
 
 help: ## what there is to make
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -29,7 +29,8 @@ test: $(STAMPS)/test $(STAMPS)/corpus ## set up and run every test
 	$(BIN)/python -m pytest --timeout=$(TEST_TIMEOUT)
 
 check: lint types ## lint, types and the cheap tests: what pre-commit runs
-	$(BIN)/python -m pytest -q --timeout=$(TEST_TIMEOUT) tests/test_architecture.py tests/test_docs.py tests/cli
+	$(BIN)/python -m pytest -q --timeout=$(TEST_TIMEOUT) tests/test_architecture.py tests/test_docs.py \
+	  tests/test_scripts.py tests/cli
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
@@ -37,6 +38,11 @@ lint: $(STAMPS)/dev
 
 types: $(STAMPS)/dev
 	$(BIN)/mypy
+
+docs: $(STAMPS)/dev ## rewrite README's tree, table of papers and recorded figures
+	$(BIN)/python scripts/tree.py
+	$(BIN)/python scripts/roster.py
+	$(BIN)/python scripts/figures.py
 
 bench: $(STAMPS)/run ## time sparse against dense layers, sides alternating
 	$(BIN)/python -m benchmarks

@@ -34,6 +34,8 @@ def block(name: str, root: Path) -> str:
     if not path.is_file():
         return f"Not recorded yet; `gatewright reproduce {name.replace('-', '/', 1)}` gives it.\n"
     record = json.loads(path.read_text(encoding="utf-8"))
+    # A reproduction keeps the race beside the sweep that chose its learning rates.
+    record = record.get("race", record)
     schema = str(record.get("schema", ""))
     if not schema.startswith("gatewright.race."):
         raise ValueError(f"{path.name}: no way to show a record of schema {schema!r}")
@@ -70,10 +72,12 @@ def _comparison(item: Mapping[str, Any]) -> str:
     time = item["step_time_ratio"]
     tokens, flops, seconds = (f"{100 * item[f'{of}_share']:.0f} %" for of in ("token", "flop", "second"))
     gap = f"{abs(item['gap_bpb']):.4f} bits per byte {'better' if item['gap_bpb'] > 0 else 'worse'}"
-    step = f"{time['median']:.2f} ({time['low']:.2f} to {time['high']:.2f}) times as long"
+    step = (
+        f"{time['median']:.2f} ({time['low']:.2f} to {time['high']:.2f})" if time else "an unknown number of"
+    )
     return (
         f"- seed {item['seed']}, {item['sparse']} against {item['dense']}: {gap} on {tokens} of the tokens, "
-        f"{flops} of the training FLOPs, {seconds} of the seconds; a step takes {step}."
+        f"{flops} of the training FLOPs, {seconds} of the seconds; a step takes {step} times as long."
     )
 
 

@@ -22,8 +22,19 @@ def run_from(argv: list[str], kind: type, toml: Path | None, prog: str) -> Any:
     base = kind()
     in_file = str(read_toml(toml).get("paper", "")) if toml else ""
     paper, model = _model_of(words[0] if words else in_file or base.paper, base)
-    run, model = settings_from(rest, base, model, prog=f"{prog} {paper}", toml=toml, hidden=HIDDEN)
+    run, model = settings_from(
+        rest, base, model, prog=f"{prog} {paper}", toml=toml, hidden=HIDDEN, intro=_intro(base.paper)
+    )
     return dataclasses.replace(run, paper=paper, model=model)
+
+
+def _intro(default: str) -> str:
+    from ..papers import published_names, wired_papers
+
+    return (
+        f"In place of {default}, the default: {', '.join(wired_papers())} (their model flags differ),\n"
+        f"or a published size as the start: {', '.join(published_names())}."
+    )
 
 
 def _model_of(word: str, base: Any) -> tuple[str, Any]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, did_you_mean
-from .run import Common, HelpAsked
+from .manual import help_text
+from .run import Common, HelpAsked, flag
 
 NUMBER = re.compile(r"-\.?\d")
 
@@ -37,11 +38,6 @@ class Given(NamedTuple):
     values: list[str]
     spoken: str
     empty_ok: bool = False
-
-
-def flag(field: str) -> str:
-    """Return the flag of a field name: `num_experts` -> `num-experts` (`from_` -> `from`)."""
-    return field.strip("_").replace("_", "-")
 
 
 def settings_table(owners: Iterable[type], hidden: Sequence[str] = ()) -> dict[str, Setting]:
@@ -65,6 +61,7 @@ def settings_from(
     prog: str,
     toml: Path | None = None,
     hidden: Sequence[str] = (),
+    intro: str = "",
 ) -> tuple[Any, ...]:
     """Return one settings object per owner, from a TOML file and flags.
 
@@ -73,6 +70,7 @@ def settings_from(
         prog: the command as the user typed it ("gatewright train"); every message points to its --help.
         toml: file read before the flags; tables in it only group, keys are field names or flags.
         hidden: fields that the command fills itself (the paper's id): no flags, skipped in the file.
+        intro: what --help says before the flags.
 
     Raises:
         UserError: unknown flag or key, missing or wrong value, or what a dataclass's own check refuses.
@@ -81,7 +79,7 @@ def settings_from(
     bases = [owner() if isinstance(owner, type) else owner for owner in owners]
     table = settings_table([type(base) for base in bases], hidden)
     if "--help" in argv or "-h" in argv:
-        raise HelpAsked(help_text(bases, prog, hidden))
+        raise HelpAsked(help_text(bases, prog, hidden, intro))
     given = [*(_from_toml(toml, table, prog, hidden) if toml else ()), *_from_flags(argv, table, prog)]
     changes: dict[type, dict[str, Any]] = {type(base): {} for base in bases}
     for item in given:
@@ -267,32 +265,3 @@ def allowed(hint: Any) -> str:
         else:
             told.append(words.get(option, getattr(option, "__name__", str(option))))
     return ", or ".join(told)
-
-
-def help_text(bases: Sequence[Any], prog: str, hidden: Sequence[str] = ()) -> str:
-    """Return the help of a command: the flags of each settings class, then those of every command."""
-    parts = [f"usage: {prog} [options]"]
-    for base in [*(base for base in bases if not isinstance(base, Common)), Common()]:
-        shown = [row for name, rows in _help_rows(base) if name not in map(flag, hidden) for row in rows]
-        parts += ["", (type(base).__doc__ or "").strip().partition("\n")[0], *shown]
-    return "\n".join(parts)
-
-
-def _help_rows(base: Any) -> list[tuple[str, list[str]]]:
-    """Return (flag, its lines) as tyro words them, for each field of one settings object."""
-    import tyro
-
-    page = io.StringIO()
-    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-        tyro.cli(type(base), default=base, args=["--help"])
-    blocks: list[tuple[str, list[str]]] = []
-    # The flags follow the rule under the heading "options"; the first is tyro's own -h.
-    for row in page.getvalue().partition("--- \n")[2].splitlines():
-        text = row.strip()
-        if text.startswith("--"):
-            # tyro names the field of a Python keyword as it is spelt; the flag has no underscore.
-            row = row.replace("--from_ ", "--from  ")
-            blocks.append((flag(text.split()[0].strip("-,")), []))
-        if blocks and text:
-            blocks[-1][1].append(row.rstrip())
-    return blocks

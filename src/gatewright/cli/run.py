@@ -40,6 +40,11 @@ class Outcome:
     exit_code: int = 0
 
 
+def flag(field: str) -> str:
+    """Return the flag of a field name: `num_experts` -> `num-experts` (`from_` -> `from`)."""
+    return field.strip("_").replace("_", "-")
+
+
 class HelpAsked(Exception):
     """Raised by the parser for --help; carries the text."""
 
