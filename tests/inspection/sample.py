@@ -12,7 +12,7 @@ TEXT = "In the beginning <script>alert('x')</script> & def f(x):\n\treturn x + 1
 
 def _curve(final: float, tokens: int, flops: float, seconds: float, points: int = 24) -> list[dict[str, Any]]:
     rows = []
-    for step in np.linspace(0, 1, points)[0:]:
+    for step in np.linspace(0, 1, points):
         loss = final + 6.0 * np.exp(-26 * step) + 0.35 * (1 - step) ** 1.5 * (step > 0)
         rows.append(
             {
@@ -41,6 +41,7 @@ def side(
     routers: int = 3,
     drops: bool = True,
     length: int = 420,
+    points: int = 24,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Return one made-up side; sparse ones carry routing for `routers` layers."""
@@ -49,7 +50,7 @@ def side(
     by_domain = {
         domain: final + 0.12 * (index - 2) + 0.01 * draw.normal() for index, domain in enumerate(DOMAINS)
     }
-    curve = _curve(final, tokens, flops, seconds)
+    curve = _curve(final, tokens, flops, seconds, points)
     side: dict[str, Any] = {
         "name": name, "kind": kind, "label": f"{name} ({kind})", "paper": "olmoe",
         "settings": {"width": 64, "num_layers": routers, "attention": {"num_heads": 4, "qk_norm": True}},
@@ -62,7 +63,7 @@ def side(
             {"step": s, "tokens": s * tokens // 1000,
              "loss": 1.3 + 4 * float(np.exp(-s / 60)) + 0.05 * draw.normal(), "learning_rate": 0.006,
              "seconds": s * seconds / 1000}
-            for s in range(0, 1001, 5)
+            for s in range(0, 1001, 120 // points)
         ],
         "final": {"valid_bpb": final, "domains": by_domain, "tokens": tokens, "train_flops": flops,
                   "seconds": seconds},
@@ -151,9 +152,9 @@ def race(gap: float = 0.021, seeds: int = 3, experts: int = 64, **options: Any) 
     }  # fmt: skip
 
 
-def full_race() -> dict[str, Any]:
+def full_race(**options: Any) -> dict[str, Any]:
     """Return a made-up race with every optional part."""
-    result = race()
+    result = race(**options)
     result["scaling"] = [
         {"num_experts": e, "total_parameters": 4e5 * e, "valid_bpb": 2.0 - 0.02 * i + 0.004 * s, "seed": s}
         for i, e in enumerate([2, 4, 8, 16, 32, 64]) for s in range(2)

@@ -28,8 +28,9 @@ class Pieces(Protocol):
 class Captured:
     """One router's choices for T tokens, on the CPU, without gradient.
 
-    `experts` [T, K] int64: first choice first, -1 where the assignment was dropped. `weights` [T, K]: what multiplies
-    each expert's output. `scores` [T, K]: the router's probability of each chosen expert, before renormalisation.
+    `experts` [T, K] int64: first choice first, -1 where the assignment was dropped. `weights` [T, K]: what
+    multiplies each expert's output. `scores` [T, K]: the router's probability of each chosen expert, before
+    any renormalisation.
     """
 
     num_experts: int
@@ -45,7 +46,7 @@ class Captured:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode without gradients; give each its own former flag back at the end."""
+    """Put every module into evaluation mode without gradients; give each its former flag back."""
     import torch
 
     flags = {module: module.training for module in model.modules()}
@@ -74,7 +75,7 @@ def capture_routing(model: nn.Module, tokens: Any) -> dict[str, Captured]:
     for name, record in stats.items():
         if record.experts is None or record.combine_weights is None or record.scores is None:
             raise UserError(
-                f"router {name} recorded no choices; allowed are rules that give each token a list of experts; "
+                f"router {name} recorded no choices; allowed: rules that give a token its experts; "
                 "capture a token-choice router"
             )
         scores = record.scores.gather(1, record.experts.clamp(min=0))
@@ -85,14 +86,12 @@ def capture_routing(model: nn.Module, tokens: Any) -> dict[str, Captured]:
             scores=scores.detach().float().cpu(),
         )
     if not found:
-        raise UserError(
-            "the model has no router; allowed are models with a sparse layer; give the sparse side"
-        )
+        raise UserError("the model has no router; allowed: models with a sparse layer; give the sparse side")
     return found
 
 
 def _windows(tokens: np.ndarray, context: int, most: int) -> np.ndarray:
-    """Return windows [n, context] spread evenly over the text, at most `most` tokens; a short text is one window."""
+    """Return at most `most` tokens as windows [n, context] spread evenly; a short text is one window."""
     flat = np.asarray(tokens, dtype=np.int64).reshape(-1)
     if len(flat) <= context:
         return flat[None]
@@ -112,11 +111,11 @@ def specialisation(
 ) -> dict[str, Any]:
     """Return the domain specialisation of every router, as a result file holds it.
 
-    Equation: share of the tokens of domain D that have expert E_i among their K selected (`domain_specialisation`);
-        an assignment dropped at capacity does not count.
-    Args: tokens_by_domain: 1-d token ids of each domain; at most `most_tokens` of each are read, in windows of
-        `context` spread evenly over it, `batch_size` windows at a time.
-    Returns: {"domains", "chance", "num_selected", "chances": {router: K/E}, "routers": {router: [domains][E]}};
+    Equation: share of the tokens of domain D that have expert E_i among their K selected
+        (`domain_specialisation`); an assignment dropped at capacity does not count.
+    Args: tokens_by_domain: 1-d token ids of each domain; at most `most_tokens` of each are read, in windows
+        of `context` spread evenly over it, `batch_size` windows at a time.
+    Returns: {"domains", "chance", "num_selected", "chances": {router: K/E}, "routers": {router: [D][E]}};
         `chance` and `num_selected` are those of the first router. Plain numbers, ready for JSON.
     Raises: UserError when a domain holds no token or the model no router.
     """
@@ -126,9 +125,7 @@ def specialisation(
     for domain, tokens in tokens_by_domain.items():
         windows = _windows(tokens, context, most_tokens)
         if not windows.size:
-            raise UserError(
-                f"domain {domain} holds no validation token; allowed: 1 or more; leave the domain out"
-            )
+            raise UserError(f"domain {domain} holds no token; allowed: 1 or more; leave the domain out")
         totals: dict[str, np.ndarray] = {}
         for start in range(0, len(windows), batch_size):
             for name, routed in capture_routing(model, windows[start : start + batch_size]).items():
@@ -157,15 +154,16 @@ def token_view(
 ) -> dict[str, Any]:
     """Return one text with the experts and weights of every token, as a result file holds it.
 
-    Args: tokens: 1-d ids, best a few hundred; pieces: one printable piece per id. A text longer than `context` is
-        read in windows, each without the one before it.
+    Args: tokens: 1-d ids, best a few hundred; pieces: one printable piece per id. A text longer than
+        `context` is read in windows, each without the one before it.
     Returns: {"domain", "pieces", "routers": {router: {"experts": [[K]...], "weights": [[K]...]}}}.
     Raises: UserError for no token, or another number of pieces than of tokens.
     """
     flat = np.asarray(tokens, dtype=np.int64).reshape(-1)
     if not len(flat) or len(pieces) != len(flat):
         raise UserError(
-            f"{len(pieces)} pieces for {len(flat)} tokens; allowed: one each, 1 or more; pass tokenizer.pieces(tokens)"
+            f"{len(pieces)} pieces for {len(flat)} tokens; allowed: one each, 1 or more; "
+            "pass tokenizer.pieces(tokens)"
         )
     routers: dict[str, dict[str, list[Any]]] = {}
     for start in range(0, len(flat), context):
@@ -184,7 +182,7 @@ def token_views(
     context: int,
     length: int = 640,
 ) -> list[dict[str, Any]]:
-    """Return a `token_view` of the first `length` tokens of each domain; an end of text at the start is left out."""
+    """Return a `token_view` of each domain's first `length` tokens, ends of text at the start left out."""
     views = []
     for domain, tokens in tokens_by_domain.items():
         flat = np.asarray(tokens, dtype=np.int64).reshape(-1)

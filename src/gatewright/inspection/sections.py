@@ -174,7 +174,7 @@ def _favourites(side: Mapping[str, Any]) -> str:
         found = matrix(value)
         if found is None or len(found) != len(domain_names):
             continue
-        level = chance_level(side, found)
+        level = chance_level(side, name, found)
         best = found.argmax(axis=1)
         cells = [f"{best[row]}: {percent(float(found[row, best[row]]), 0)}" for row in range(len(found))]
         lines.append([name, percent(level), *cells])

@@ -48,9 +48,7 @@ def sides_table(record: Record) -> str:
 
     lines = [
         line("Kind", lambda name: "sparse" if record.is_sparse(name) else "dense"),
-        line(
-            "Final bits per byte", lambda name: strong(final_with_range(record, name, "final", "valid_bpb"))
-        ),
+        line("Final bits per byte", lambda name: final_with_range(record, name, "final", "valid_bpb")),
         fixed("Total parameters", scaled, "total_parameters"),
         fixed("Active parameters", scaled, "active_parameters"),
         fixed("FLOPs per token, forward", flops, "forward_flops_per_token"),

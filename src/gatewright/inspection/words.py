@@ -45,7 +45,7 @@ def flops(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Return a duration: 83 -> "83 s", 754 -> "12 min 34 s", 4000 -> "1 h 07 min"."""
+    """Return a duration: 83 -> "83 s", 754 -> "12 min 34 s", 4000 -> "1 h 06 min"."""
     if value is None:
         return NONE
     if value < 10:
@@ -74,7 +74,8 @@ def percent(value: float | None, digits: int | None = None) -> str:
         return NONE
     shown = 100 * value
     if digits is None:
-        digits = 0 if abs(shown - round(shown)) < 0.05 or abs(shown) >= 100 else 1 if abs(shown) >= 1 else 2
+        whole = abs(shown) >= 100 or not shown or (abs(shown) >= 1 and abs(shown - round(shown)) < 0.05)
+        digits = 0 if whole else 1 if abs(shown) >= 1 else 2
     return f"{shown:.{digits}f}{TIE}%"
 
 

@@ -57,7 +57,10 @@ for (const root of document.querySelectorAll(".tokens")) {
     root.classList.toggle("dim", state.picked >= 0);
     const { e } = routed();
     [...area.children].forEach((span, index) => {
-      span.classList.toggle("hit", state.picked >= 0 && e[index].includes(state.picked));
+      const hit = state.picked >= 0 && e[index].includes(state.picked);
+      const expert = hit ? state.picked : chosen(index);
+      span.className = "t" + (expert >= 0 ? ` e${expert}` : "") + (hit ? " hit" : "") +
+        (index === state.at ? " on" : "");
     });
     for (const button of legend.children) {
       button.setAttribute("aria-pressed", String(Number(button.dataset.expert) === state.picked));
@@ -93,7 +96,6 @@ for (const root of document.querySelectorAll(".tokens")) {
     pieces.forEach((piece, index) => {
       const span = make("span", show(piece), fragment);
       const expert = chosen(index);
-      span.className = expert >= 0 ? `t e${expert}` : "t";
       span.dataset.i = String(index);
       span.dataset.e = expert >= 0 ? String(expert) : "–";
     });

@@ -163,9 +163,11 @@ def specialisation_images(side: Mapping[str, Any], slug: str) -> list[Image]:
         if (shares := matrix(value)) is not None and len(shares) == len(domains)
     }
     images = []
-    factor = max((reach([shares], chance_level(side, shares)) for shares in tables.values()), default=2.0)
+    factor = max(
+        (reach([shares], chance_level(side, name, shares)) for name, shares in tables.items()), default=2.0
+    )
     for name, shares in tables.items():
-        chance = chance_level(side, shares)
+        chance = chance_level(side, name, shares)
         domain, expert = np.unravel_index(int(shares.argmax()), shares.shape)
         peak = f"{percent(float(shares.max()))} of the tokens of {domains[domain]} select expert {expert}"
         images.append(
@@ -182,9 +184,11 @@ def specialisation_images(side: Mapping[str, Any], slug: str) -> list[Image]:
     return images
 
 
-def chance_level(side: Mapping[str, Any], shares: np.ndarray) -> float:
+def chance_level(side: Mapping[str, Any], router: str, shares: np.ndarray) -> float:
     """Return K/E as recorded, else the mean of the table, which equals it when every token is routed."""
-    chance = number(side, "specialisation", "chance")
+    chance = number(side, "specialisation", "chances", router)
+    if chance is None:
+        chance = number(side, "specialisation", "chance")
     if chance is None or not 0 < chance <= 1:
         chance = float(shares.mean())
     return min(max(chance, 1e-6), 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,8 @@ def render(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str
             buffer = io.BytesIO()
             draw(theme).savefig(buffer, format="png")
             images.append(buffer.getvalue())
-    return Image(name, alt, caption, images[0], images[1])
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    return Image(safe, alt, caption, images[0], images[1])
 
 
 def shorten(text: str, limit: int = 22) -> str:
