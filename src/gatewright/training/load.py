@@ -1,0 +1,74 @@
+"""Open a finished or stopped run again: its model with trained weights, its tokenizer and its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gatewright.data import Tokenizer, load_tokenizer
+from gatewright.errors import UserError
+from gatewright.papers.registry import get_paper
+from gatewright.training.checkpoint import newest_checkpoint
+from gatewright.training.precision import set_router_dtype
+from gatewright.training.run import TrainRun
+from gatewright.training.settings_file import read_settings
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and what belongs to it. `step`: where the checkpoint was taken."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    run: TrainRun
+    settings: Any
+    step: int
+
+
+def load_run(out: str | Path, *, device: str = "cpu", averaged: bool = False) -> LoadedRun:
+    """Return the newest whole checkpoint below `out`, a folder that `train` or one side of `race` wrote.
+
+    `averaged` takes the averaged weights instead of the live ones.
+    Raises: UserError if the folder holds no run; RunFailure if no checkpoint is whole.
+    """
+    out = Path(out)
+    tables = read_run_settings(out)
+    paper = get_paper(tables["run"]["paper"])
+    settings = _from_table(paper.Settings, tables["model"])
+    run = _from_table(TrainRun, tables["run"])
+    held = newest_checkpoint(out / "checkpoints")
+    if held is None:
+        raise UserError(f"{out} holds no checkpoint yet; wait for its first, or train on")
+    model = paper.build(settings)
+    weights = dict(held.tensors["model"])
+    if averaged:
+        if "average" not in held.tensors:
+            raise UserError(f"{out} was trained without averaged weights (ema 0); use the live ones")
+        weights = dict(held.tensors["average"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    set_router_dtype(model, run.router_dtype)
+    tokenizer = load_tokenizer(out / "tokenizer.json")
+    return LoadedRun(model.to(device).eval(), tokenizer, run, settings, held.step)
+
+
+def read_run_settings(out: Path) -> dict[str, dict[str, Any]]:
+    """Return run.toml's tables. Raises: UserError if `out` is no run, naming the runs below it if there are some."""
+    if not (out / "run.toml").exists() or not (out / "checkpoints").exists():
+        below = sorted({p.parent for p in out.glob("*/*/checkpoints")}) if out.is_dir() else []
+        hint = f"; runs below it: {', '.join(map(str, below[:4]))}" if below else ""
+        raise UserError(
+            f"{out} holds no run (run.toml and checkpoints/); give the --out folder of `gatewright train`{hint}"
+        )
+    return read_settings(out / "run.toml")
+
+
+def _from_table(kind: type, table: dict[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k in known})
