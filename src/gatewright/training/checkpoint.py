@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from torch import Tensor
 from gatewright.errors import RunFailure
 
 _SCHEMA = "gatewright.checkpoint.v1"
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,42 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for path in beside.iterdir():
             _sync(path)
         _sync(beside)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(beside, final)
+        _put(beside, final)
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise RunFailure(f"could not save {final}: {error}; earlier checkpoints are unchanged") from error
-    for old in _steps(folder)[:-keep]:
+    # Newer ones are those that a resume found broken: they must not push out the ones that are whole.
+    for old in [p for p in _steps(folder) if _step_of(p) <= checkpoint.step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def _put(beside: Path, final: Path) -> None:
+    """Give a finished checkpoint its name. One of the same name steps aside first, since folders cannot be exchanged in one step."""
+    aside = None
+    if final.exists():
+        aside = beside.with_suffix(".old")
+        os.rename(final, aside)
+    try:
+        os.rename(beside, final)
+    except OSError:
+        if aside is not None:
+            os.rename(aside, final)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
 def _steps(folder: Path) -> list[Path]:
-    """Whole checkpoints by rising step; leftovers of a killed save carry another name and are no candidates."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+    """Checkpoints by rising step; leftovers of a killed save carry another name and are no candidates."""
+    held = [p for p in folder.glob("step-*") if p.is_dir() and _step_of(p) >= 0] if folder.is_dir() else []
+    return sorted(held, key=_step_of)
 
 
 def verify_checkpoint(path: Path) -> str | None:
@@ -106,6 +129,8 @@ def verify_checkpoint(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest.get("schema") != _SCHEMA:
             return f"{path}/manifest.json is of schema {manifest.get('schema')!r}, not {_SCHEMA}"
+        if manifest["step"] != _step_of(path):
+            return f"{path}/manifest.json is of step {manifest['step']}"
         for name, wanted in manifest["files"].items():
             file = path / name
             if not file.is_file():
@@ -124,7 +149,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise RunFailure(f"{fault}; use an earlier checkpoint")
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tensors = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(step=int(path.name.removeprefix("step-")), tensors=tensors, state=state)
+    return Checkpoint(step=_step_of(path), tensors=tensors, state=state)
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None] | None = None) -> Checkpoint | None:
@@ -148,8 +173,16 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] | None = None) -
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed save left behind."""
-    for leftover in folder.glob(".step-*.tmp") if folder.is_dir() else ():
+    """Undo what a killed save left behind: half-written folders go, and one that had stepped aside comes back."""
+    if not folder.is_dir():
+        return
+    for aside in folder.glob(".step-*.old"):
+        final = folder / aside.name.split(".")[1]
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, final)
+    for leftover in folder.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
