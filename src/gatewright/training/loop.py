@@ -104,8 +104,8 @@ def resume_or_begin(trainer: Trainer, out: Path, progress: Progress) -> None:
             trainer.restore(held)
             progress.say(f"{trainer.name}: continuing from step {trainer.step}")
         return
-    write_settings(settings, trainer.run, trainer.settings)
     trainer.corpus.tokenizer.save(out / "tokenizer.json")
+    write_settings(settings, trainer.run, trainer.settings)
 
 
 def _loop(trainer: Trainer, out: Path, log: RunLog, progress: Progress) -> bool:

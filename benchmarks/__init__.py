@@ -1,0 +1,1 @@
+"""Speed of sparse layers against dense ones, on this machine, in pairs."""
