@@ -42,7 +42,8 @@ _PROBES = _probe_table()
 
 
 def normalise(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the bytes with ASCII letters lower-cased and each run of white space as a space, none at the ends."""
+    """Return the bytes with ASCII letters in lower case and white space as single spaces, none at the "
+    "ends."""
     plain = _LOWER[raw]
     space = plain == 32
     keep = ~space

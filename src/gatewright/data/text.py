@@ -13,11 +13,13 @@ SMALLEST_PIECE = 2_048
 
 # More would only take time: 64 MB of words on one line hold millions of them.
 _CANDIDATES = 512
-# The places to cut before, best first: a paragraph that starts at the margin, any paragraph, a line, a word.
-# Each run is matched once, from its first character on, so that a million empty lines take linear time.
-_MARKS = tuple(
-    re.compile(mark)
-    for mark in (r"(?<!\n)\n{2,}+(?=\S)", r"(?<!\n)\n{2,}+", r"(?<!\n)\n++", r"(?<![ \t])[ \t]++")
+# Where to cut, best first: before a paragraph at the margin, any paragraph, a line, a word. A run is matched
+# once, from its first character, so a million empty lines take linear time; the plain string is a quick test.
+_MARKS = (
+    ("\n\n", re.compile(r"(?<!\n)\n{2,}+(?=\S)")),
+    ("\n\n", re.compile(r"(?<!\n)\n{2,}+")),
+    ("\n", re.compile(r"(?<!\n)\n++")),
+    (" ", re.compile(r"(?<![ \t])[ \t]++")),
 )
 
 
@@ -47,9 +49,12 @@ def cut(blocks: Iterable[str], longest: int = LARGEST_PIECE) -> Iterator[str]:
 
 
 def _place(text: str, start: int, longest: int) -> int:
-    for mark in _MARKS:
+    first, last = start + max(1, longest // 4), start + longest
+    for literal, mark in _MARKS:
+        if text.find(literal, first, last) < 0:
+            continue
         best, smallest = 0, 1 << 32
-        matches = mark.finditer(text, start + max(1, longest // 4), start + longest)
+        matches = mark.finditer(text, first, last)
         for match in itertools.islice(matches, _CANDIDATES):
             after = match.end()
             checksum = zlib.crc32(text[after : after + 48].encode("utf-8", "replace"))
