@@ -1,4 +1,6 @@
-"""One expert layer with its router against a dense layer of equal active FLOPs: forward and backward, sides alternating."""
+"""One expert layer with its router against a dense layer of equal active FLOPs: forward and backward,
+sides alternating.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +37,22 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
     ),
 }
 
-# Above this spread of the dense side, (90th - 10th percentile) / median, a ratio says more about the machine than about the layers.
+# Above this spread of the dense side, (90th - 10th percentile) / median, a ratio says more about the
+# machine than about the layers.
 LARGEST_SPREAD = 0.25
 
 
 def dense_width(shape: Shape) -> int:
-    """Return the dense layer's hidden width: K F, widened by the router's FLOPs (2 D E over 6 D per unit of width)."""
+    """Return the dense layer's hidden width: K F, widened by the router's FLOPs (2 D E over 6 D per unit
+    of width).
+    """
     return shape.num_selected * shape.expert_width + round(shape.num_experts / 3)
 
 
 def time_pair(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Return raw seconds of both sides, the median of their paired ratios, and its 10th and 90th percentile."""
+    """Return raw seconds of both sides, the median of their paired ratios, and its 10th and 90th
+    percentile.
+    """
     torch.manual_seed(0)
     weights = "raw" if shape.num_selected == 1 else "renormalised"
     sparse = MoELayer(
@@ -92,7 +99,9 @@ def time_pair(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def run_grid(name: str, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return every row of a grid. Raises: UserError below 11 rounds; RunFailure if no row was quiet enough to print."""
+    """Return every row of a grid. Raises: UserError below 11 rounds; RunFailure if no row was quiet enough
+    to print.
+    """
     if rounds < 11:
         raise UserError(f"rounds {rounds}; allowed: 11 or more; fewer say nothing on a shared machine")
     say("tokens  width  F     E    K   dtype      sparse/dense  (10th to 90th percentile)")
@@ -101,18 +110,21 @@ def run_grid(name: str, rounds: int, say: Callable[[str], None]) -> dict[str, An
         for dtype in (torch.float32, torch.bfloat16):
             row = time_pair(shape, dtype, rounds)
             rows.append(row)
-            head = f"{shape.tokens:<7d} {shape.width:<6d} {shape.expert_width:<5d} {shape.num_experts:<4d} {shape.num_selected:<3d}"
+            head = " ".join(f"{value:<{room}d}" for value, room in zip(shape, (7, 6, 5, 4, 3), strict=True))
             if row["dense_spread"] > LARGEST_SPREAD:
                 say(
-                    f"{head} {row['dtype']:10s} not printed: the dense side alone spread by {100 * row['dense_spread']:.0f} %"
+                    f"{head} {row['dtype']:10s} not printed: the dense side alone spread by "
+                    f"{100 * row['dense_spread']:.0f} %"
                 )
             else:
                 say(
-                    f"{head} {row['dtype']:10s} {row['ratio']:.2f}          ({row['low']:.2f} to {row['high']:.2f})"
+                    f"{head} {row['dtype']:10s} {row['ratio']:.2f}          ({row['low']:.2f} to "
+                    f"{row['high']:.2f})"
                 )
     if all(row["dense_spread"] > LARGEST_SPREAD for row in rows):
         raise RunFailure(
-            "the machine is too busy: in every row the dense side alone spread by more than 25 %; run again alone"
+            "the machine is too busy: in every row the dense side alone spread by more than 25 %; run "
+            "again alone"
         )
     return {
         "schema": "gatewright.bench.layer.v1",

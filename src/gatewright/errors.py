@@ -19,7 +19,8 @@ class UserError(GatewrightError, ValueError):
 
 
 class RunFailure(GatewrightError, RuntimeError):
-    """A failure of the machine or of training (full disk, non-finite loss). Exit code 1; nothing saved is lost."""
+    """A failure of the machine or of training (full disk, non-finite loss). Exit code 1; nothing saved is "
+    "lost."""
 
     exit_code = 1
 

@@ -13,7 +13,9 @@ QK_NORMS = ("none", "head", "width")
 
 
 class RotaryPositions(nn.Module):
-    """Rotary position embedding (RoPE) over whole heads, halves rotated against each other (the layout of Llama and Mixtral)."""
+    """Rotary position embedding (RoPE) over whole heads, halves rotated against each other (the layout of
+    Llama and Mixtral).
+    """
 
     def __init__(self, head_dim: int, theta: float = 10_000.0) -> None:
         super().__init__()
@@ -53,7 +55,8 @@ class LayerCache:
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             raise UserError(
-                f"{end} positions in a cache of {self.keys.shape[2]}; allowed: up to its capacity; make the cache larger or the text shorter"
+                f"{end} positions in a cache of {self.keys.shape[2]}; allowed: up to its capacity; make "
+                "the cache larger or the text shorter"
             )
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -64,7 +67,8 @@ class LayerCache:
 class Attention(nn.Module):
     """Causal self-attention with H query and Hkv key/value heads, no biases: x [B, S, D] -> [B, S, D].
 
-    `qk_norm`: "none"; "head" (RMSNorm on each head, Qwen3); "width" (RMSNorm over all heads' width before the split, OLMoE).
+    `qk_norm`: "none"; "head" (RMSNorm on each head, Qwen3); "width" (RMSNorm over all heads' width before the
+    split, OLMoE).
     """
 
     def __init__(
@@ -80,11 +84,13 @@ class Attention(nn.Module):
         super().__init__()
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise UserError(
-                f"num_heads {num_heads} with num_kv_heads {num_kv_heads}; allowed: key/value heads that divide the heads"
+                f"num_heads {num_heads} with num_kv_heads {num_kv_heads}; allowed: key/value heads that "
+                "divide the heads"
             )
         if qk_norm not in QK_NORMS:
             raise UserError(
-                f"qk_norm {qk_norm!r} is unknown{did_you_mean(qk_norm, QK_NORMS)}; allowed: {', '.join(QK_NORMS)}"
+                f"qk_norm {qk_norm!r} is unknown{did_you_mean(qk_norm, QK_NORMS)}; allowed: "
+                f"{', '.join(QK_NORMS)}"
             )
         self.num_heads, self.num_kv_heads, self.head_dim, self.qk_norm = (
             num_heads,

@@ -1,4 +1,6 @@
-"""Parameters and floating-point operations of a backbone, counted from its modules; works on the meta device."""
+"""Parameters and floating-point operations of a backbone, counted from its modules; works on the meta
+device.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ from gatewright.parts import MLP, MoELayer
 class Cost:
     """What a model weighs and costs.
 
-    `total_parameters`; `active_parameters`: those that one token meets (all but the unchosen experts). `flops`: forward
-    floating-point operations per token by part (embedding, attention_projections, attention_scores, router, experts, shared_experts,
-    dense_ffn, head), a multiply-add counting 2; training takes 3 times the forward pass.
+    `total_parameters`; `active_parameters`: those that one token meets (all but the unchosen experts).
+    `flops`: forward floating-point operations per token by part (embedding, attention_projections,
+    attention_scores, router, experts, shared_experts, dense_ffn, head), a multiply-add counting 2; training
+    takes 3 times the forward pass.
     """
 
     total_parameters: int
@@ -39,7 +42,8 @@ class Cost:
 def count_cost(model: nn.Module, context: int) -> Cost:
     """Return the Cost of a Decoder per token, at sequences of `context` tokens.
 
-    Causal attention meets (context + 1) / 2 keys on average. Norms, activations, softmax and the optimizer are not counted.
+    Causal attention meets (context + 1) / 2 keys on average. Norms, activations, softmax and the optimizer
+    are not counted.
     """
     if not isinstance(model, Decoder):
         raise UserError(f"cost of a {type(model).__name__} is not known; allowed: a Decoder")

@@ -13,7 +13,9 @@ def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def normal(model: nn.Module, std: float = 0.02, cut: float = 3.0) -> nn.Module:
-    """Draw every matrix from a normal of `std`, truncated at `cut` std (OLMoE table 10: 0.02, cut at 3); norms are 1."""
+    """Draw every matrix from a normal of `std`, truncated at `cut` std (OLMoE table 10: 0.02, cut at 3);
+    norms are 1.
+    """
     for _, weight in _matrices(model):
         nn.init.trunc_normal_(weight, std=std, a=-cut * std, b=cut * std)
     return model
@@ -22,7 +24,8 @@ def normal(model: nn.Module, std: float = 0.02, cut: float = 3.0) -> nn.Module:
 def fan_in(
     model: nn.Module, scale: float = 1.0, embedding_std: float = 1.0, router_std: float | None = None
 ) -> nn.Module:
-    """Draw every matrix from a normal of std sqrt(scale / fan_in), truncated at 2 std (Switch section 2.4: scale 0.1 for 1.0).
+    """Draw every matrix from a normal of std sqrt(scale / fan_in), truncated at 2 std (Switch section 2.4:
+    scale 0.1 for 1.0).
 
     Embeddings take `embedding_std`; routers take `router_std` where given.
     """

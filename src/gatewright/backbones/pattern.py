@@ -15,8 +15,8 @@ _ALLOWED = "all, none, every:N (each N-th layer), first_dense:N (all but the fir
 def moe_pattern(pattern: str, num_layers: int) -> tuple[bool, ...]:
     """Return for each layer whether its feed-forward layer is a mixture.
 
-    "every:2" makes layers 1, 3, 5, ... sparse (0-based), as Switch and GShard do; "first_dense:1" keeps layer 0 dense (DeepSeekMoE);
-    "last:2" makes the last two sparse (V-MoE).
+    "every:2" makes layers 1, 3, 5, ... sparse (0-based), as Switch and GShard do; "first_dense:1" keeps layer
+    0 dense (DeepSeekMoE); "last:2" makes the last two sparse (V-MoE).
     """
     name, _, number = pattern.partition(":")
     if pattern in ("all", "none"):
@@ -48,6 +48,7 @@ def per_layer(name: str, value: V | Sequence[V], num_layers: int) -> tuple[V, ..
         return values * num_layers
     if len(values) != num_layers:
         raise UserError(
-            f"{name} has {len(values)} values for {num_layers} layers; allowed: one value, or one per layer (also for dense layers)"
+            f"{name} has {len(values)} values for {num_layers} layers; allowed: one value, or one per "
+            "layer (also for dense layers)"
         )
     return values

@@ -15,7 +15,9 @@ from gatewright.parts import MoELayer, Stats
 
 
 class DecoderOutput(NamedTuple):
-    """What a decoder returns: `logits` [B, S, V] and the Stats of its routers, by name ("layers.3.router")."""
+    """What a decoder returns: `logits` [B, S, V] and the Stats of its routers, by name
+    ("layers.3.router").
+    """
 
     logits: Tensor
     stats: Stats
@@ -58,8 +60,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A causal language model: tokens [B, S] int64 -> DecoderOutput(logits [B, S, V], stats).
 
-    Args: `feed_forwards` holds one module per layer, a MoELayer or a plain [..., D] -> [..., D] module: the pattern of dense and
-    sparse layers is this list. `context` is the longest text it is trained on; positions beyond it are refused.
+    Args: `feed_forwards` holds one module per layer, a MoELayer or a plain [..., D] -> [..., D] module: the
+    pattern of dense and sparse layers is this list. `context` is the longest text it is trained on; positions
+    beyond it are refused.
     """
 
     def __init__(
@@ -80,11 +83,13 @@ class Decoder(nn.Module):
         super().__init__()
         if min(vocab_size, width, context) < 1 or not feed_forwards:
             raise UserError(
-                f"vocab_size {vocab_size}, width {width}, context {context}, {len(feed_forwards)} layers; allowed: 1 or more of each"
+                f"vocab_size {vocab_size}, width {width}, context {context}, {len(feed_forwards)} layers; "
+                "allowed: 1 or more of each"
             )
         if head_dim is None and (num_heads < 1 or width % num_heads):
             raise UserError(
-                f"width {width} with num_heads {num_heads}; allowed: heads that divide the width; or give head_dim"
+                f"width {width} with num_heads {num_heads}; allowed: heads that divide the width; or give "
+                "head_dim"
             )
         self.head_dim = head_dim or width // num_heads
         self.num_kv_heads = num_kv_heads or num_heads
@@ -121,12 +126,15 @@ class Decoder(nn.Module):
         )
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, capture: bool = False) -> DecoderOutput:
-        """Return logits and Stats. With a cache, `tokens` continue it; with `capture`, Stats hold every token's way."""
+        """Return logits and Stats. With a cache, `tokens` continue it; with `capture`, Stats hold every
+        token's way.
+        """
         start = cache.length if cache is not None else 0
         length = tokens.shape[1]
         if start + length > self.context:
             raise UserError(
-                f"{start + length} positions in a model of context {self.context}; allowed: up to {self.context}; "
+                f"{start + length} positions in a model of context {self.context}; allowed: up to "
+                f"{self.context}; "
                 "shorten the text or build the model with a longer context"
             )
         cos, sin = self.rotary.angles(start, length, tokens.device)

@@ -15,7 +15,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Bits:
-    """`bits_per_byte` over all evaluated text, and per domain; `num_bytes` evaluated, `nats_per_token` over all."""
+    """`bits_per_byte` over all evaluated text, and per domain; `num_bytes` evaluated, `nats_per_token`
+    over all.
+    """
 
     bits_per_byte: float
     domains: dict[str, float]
@@ -24,7 +26,9 @@ class Bits:
 
 
 def take_bytes(tokens: np.ndarray, byte_lengths: np.ndarray, num_bytes: int) -> np.ndarray:
-    """Return the shortest prefix of `tokens` that stands for at least `num_bytes` bytes of text (all, if there are fewer)."""
+    """Return the shortest prefix of `tokens` that stands for at least `num_bytes` bytes of text (all, if
+    there are fewer).
+    """
     ends = np.cumsum(byte_lengths[tokens])
     return tokens[: int(np.searchsorted(ends, num_bytes)) + 1]
 
@@ -40,9 +44,9 @@ def bits_per_byte(
 ) -> Bits:
     """Return the model's bits per byte on each domain's tokens.
 
-    Each text is cut into windows of `context` predictions; every token but a text's first is predicted once. Bits per byte =
-    sum of -log2 p(token) / bytes of text those tokens stand for (an end-of-text id costs bits and stands for no byte).
-    The model is left in the mode that it was found in.
+    Each text is cut into windows of `context` predictions; every token but a text's first is predicted once.
+    Bits per byte = sum of -log2 p(token) / bytes of text those tokens stand for (an end-of-text id costs bits
+    and stands for no byte). The model is left in the mode that it was found in.
     """
     device = next(model.parameters()).device
     was_training = model.training

@@ -1,4 +1,6 @@
-"""What a race shows: comparisons of sides, speed-ups, the verdict over seeds, and the curves over size and data."""
+"""What a race shows: comparisons of sides, speed-ups, the verdict over seeds, and the curves over size and
+data.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ Record = dict[str, Any]
 
 
 def crossing(curve: list[Record], target: float, axis: str) -> float | None:
-    """Return where `curve` first reaches `target` bits per byte or less on `axis`, linear between evaluations; None if never."""
+    """Return where `curve` first reaches `target` bits per byte or less on `axis`, linear between
+    evaluations; None if never.
+    """
     before: Record | None = None
     for point in curve:
         if point["valid_bpb"] <= target:
@@ -22,7 +26,8 @@ def crossing(curve: list[Record], target: float, axis: str) -> float | None:
 
 
 def step_time_ratio(sparse: Record, dense: Record) -> Record | None:
-    """Return {"median", "low", "high"} of seconds per step, sparse over dense, of turns taken in the same round.
+    """Return {"median", "low", "high"} of seconds per step, sparse over dense, of turns taken in the same
+    round.
 
     `low` and `high` are the 10th and 90th percentile of the paired ratios.
     """
@@ -79,9 +84,11 @@ def _compare(seed: int, sparse: Record, dense: Record) -> Record:
 
 
 def verdict(comparisons: list[Record]) -> Record:
-    """Return the sentence over all seeds of the headline pair: the first sparse side against the first dense twin.
+    """Return the sentence over all seeds of the headline pair: the first sparse side against the first dense
+    twin.
 
-    Held: the mean gap is above the spread of the gaps (max - min over seeds); with one seed, the gap is not negative.
+    Held: the mean gap is above the spread of the gaps (max - min over seeds); with one seed, the gap is not
+    negative.
     """
     first = comparisons[0]
     pair = [c for c in comparisons if (c["sparse"], c["dense"]) == (first["sparse"], first["dense"])]
@@ -97,14 +104,17 @@ def verdict(comparisons: list[Record]) -> Record:
     how = f"{abs(mean):.4f} bits per byte {'below' if mean >= 0 else 'above'}"
     spread_words = "" if len(gaps) == 1 else f" (spread of the gaps {spread:.4f})"
     sentence = (
-        f"{'Held' if held else 'Not held'}: the sparse model, annealed on {100 * tokens:.0f} % of the tokens, ends {how} its dense "
+        f"{'Held' if held else 'Not held'}: the sparse model, annealed on {100 * tokens:.0f} % of the "
+        f"tokens, ends {how} its dense "
         f"twin annealed on 100 %{spread_words}, in {100 * seconds:.0f} % of its training seconds; {seeds}."
     )
     return {"sentence": sentence, "held": held, "gap_mean": mean, "gap_spread": spread, "seeds": len(gaps)}
 
 
 def scaling_curve(seeds: list[Record]) -> list[Record]:
-    """Return one point per sparse side: number of experts of its first sparse layer, size and final quality."""
+    """Return one point per sparse side: number of experts of its first sparse layer, size and final
+    quality.
+    """
     points = []
     for one in seeds:
         for side in one["sides"]:
@@ -137,7 +147,9 @@ def small_data_curve(seeds: list[Record]) -> list[Record]:
 
 
 def triangle(seeds: list[Record]) -> Record:
-    """Return the figure of quality, compute and size: a point per side, and each claim of sparse models held or not, over all seeds."""
+    """Return the figure of quality, compute and size: a point per side, and each claim of sparse models
+    held or not, over all seeds.
+    """
     names = [s["name"] for s in seeds[0]["sides"]]
 
     def mean(name: str, pick: Any) -> float:
@@ -173,7 +185,8 @@ def _claims(sparse: Record, active: Record, total: Record) -> list[Record]:
         {
             "claim": "in less time than a dense model of the same compute per token",
             "held": sparse["valid_bpb"] <= active["valid_bpb"] and sparse["seconds"] <= active["seconds"],
-            "detail": f"sparse {sparse['seconds']:.0f} s, dense of equal compute {active['seconds']:.0f} s of training",
+            "detail": f"sparse {sparse['seconds']:.0f} s, dense of equal compute {active['seconds']:.0f} s "
+            "of training",
         },
         {
             "claim": "cheaper to train than a dense model of the same size",

@@ -30,7 +30,8 @@ def _sweep_part(sweep: Record | None) -> str:
     rows = [[f"{rate:g}", cell("dense", rate), cell("sparse", rate)] for rate in rates]
     tokens = {e["kind"]: e["tokens"] for e in sweep["entries"]}
     return (
-        f"Learning rates, final bits per byte, seed 0 (dense on {tokens['dense']:,} tokens, sparse on {tokens['sparse']:,}; best in "
+        f"Learning rates, final bits per byte, seed 0 (dense on {tokens['dense']:,} tokens, sparse on "
+        f"{tokens['sparse']:,}; best in "
         f"bold):\n\n{_table(['rate', 'dense', 'sparse'], rows)}"
     )
 
@@ -88,14 +89,14 @@ Claim: {record["claim"]}.
 
 {_table(head, rows)}
 
-Bits per byte on {data["eval_bytes"]:,} bytes of validation text from {len(data["domains"])} domains; gap = dense - sparse, above 0 is better for
-the sparse model. Step time: sparse over dense, median of turns taken in the same round (10th to 90th percentile). Speed-up: what the dense
-twin spent on its final quality, over what the sparse model spent until it had that quality.
+Bits per byte on {data["eval_bytes"]:,} bytes of validation text from {len(data["domains"])} domains;
+gap = dense - sparse, above 0 is better for the sparse model. Step time: sparse over dense, median of turns
+taken in the same round (10th to 90th percentile). Speed-up: what the dense twin spent on its final quality, over what the sparse model spent until it had that quality.
 
 {_table(["side", "model", "parameters", "active", "forward FLOPs per token", "rate", "steps"], sizes)}
 
 {_sweep_part(record["sweep"])}
 
-Command: `gatewright reproduce {record["target"]}{flags}`. {where["processor"]}, {where["threads"]} threads, torch {where["torch"]}, gatewright
-{where["gatewright"]} at commit {where["commit"]}, {race["created"]}.
+Command: `gatewright reproduce {record["target"]}{flags}`. {where["processor"]},
+{where["threads"]} threads, torch {where["torch"]}, gatewright {where["gatewright"]} at commit {where["commit"]}, {race["created"]}.
 """

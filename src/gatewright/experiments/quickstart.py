@@ -1,7 +1,8 @@
 """race/quickstart and race/hour: the main claim, with tuned rates on both sides and every seed shown.
 
-Each reproduction sweeps the same learning rates for both sides, takes the best of each, and races seeds 0, 1, 2 (the hour: seed 0). What is
-expected stands in reproductions/expected.toml, written before the first full run.
+Each reproduction sweeps the same learning rates for both sides, takes the best of each, and races seeds 0, 1,
+2 (the hour: seed 0). What is expected stands in reproductions/expected.toml, written before the first full
+run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RacePlan:
-    """A race to be reproduced: its settings, the rates swept, and the share of the tokens on which they are swept."""
+    """A race to be reproduced: its settings, the rates swept, and the share of the tokens on which they
+    are swept.
+    """
 
     name: str
     race: RaceRun
@@ -35,7 +38,8 @@ QUICKSTART = RacePlan(
     race=RaceRun(seeds=3),
     rates=(1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
     sweep_share=1.0,
-    claim="a sparse model annealed on 70 % of the tokens is at or below its dense twin annealed on 100 %, by more than the spread of seeds",
+    claim="a sparse model annealed on 70 % of the tokens is at or below its dense twin annealed on 100 %, "
+    "by more than the spread of seeds",
 )
 
 HOUR = RacePlan(
@@ -49,14 +53,16 @@ HOUR = RacePlan(
     ),
     rates=(1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
     sweep_share=0.08,
-    claim="over about an hour on two cores, a sparse model annealed on 50 % of the tokens reaches its dense twin annealed on 100 %",
+    claim="over about an hour on two cores, a sparse model annealed on 50 % of the tokens reaches its dense "
+    "twin annealed on 100 %",
 )
 
 PLANS = {plan.name: plan for plan in (QUICKSTART, HOUR)}
 
 
 def run_plan(plan: RacePlan, work: Path, quick: bool) -> Record:
-    """Return {"sweep", "race", "claim"}. Full: sweep, then race with the best rates. Quick: an eighth of the tokens, recorded rates, seed 0.
+    """Return {"sweep", "race", "claim"}. Full: sweep, then race with the best rates. Quick: an eighth of the
+    tokens, recorded rates, seed 0.
 
     Whatever is finished below `work` is kept, so that a stopped reproduction goes on where it was.
     """

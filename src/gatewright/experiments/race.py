@@ -1,4 +1,6 @@
-"""The race: a sparse model and its dense twins on one token stream, in short alternating turns, each annealed on its own budget."""
+"""The race: a sparse model and its dense twins on one token stream, in short alternating turns, each
+annealed on its own budget.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Lane:
         self.saved = trainer.step
 
     def turn(self, number: int, until: float) -> None:
-        """Step to the share `until` of the side's own budget, evaluating where due; note the turn's steps and seconds."""
+        """Step to the share `until` of the side's own budget, evaluating where due; note the turn's steps
+        and seconds.
+        """
         trainer, steps, before = self.trainer, 0, self.trainer.seconds
         while not trainer.done and (trainer.step + 1) / trainer.total_steps <= until + 1e-9:
             record = trainer.advance()
@@ -97,10 +101,12 @@ class Lane:
 
 
 def race(run: RaceRun) -> RaceResult:
-    """Run the race and return its result; writes run.toml, race.json, report.html, and each side's own folder.
+    """Run the race and return its result; writes run.toml, race.json, report.html, and each side's own
+    folder.
 
-    Turns alternate and rotate, so that a machine that is busy for a while is busy for all sides. Seconds are those of
-    optimizer steps alone. Raises: as `training.train`; `resume` continues, every side from its own checkpoint.
+    Turns alternate and rotate, so that a machine that is busy for a while is busy for all sides. Seconds are
+    those of optimizer steps alone. Raises: as `training.train`; `resume` continues, every side from its own
+    checkpoint.
     """
     out = Path(run.out)
     refuse_used(out, run.resume, "race.json")

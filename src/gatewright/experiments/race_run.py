@@ -50,7 +50,8 @@ class RaceRun(LoopSettings):
             raise UserError(f"first_seed {self.first_seed}; allowed: 0 or more")
         if not 0 < self.fraction <= 1:
             raise UserError(
-                f"fraction {self.fraction}; allowed: above 0, up to 1; it is the sparse model's share of the tokens"
+                f"fraction {self.fraction}; allowed: above 0, up to 1; it is the sparse model's share of "
+                "the tokens"
             )
         for name in ("sparse_rate", "dense_rate"):
             if not getattr(self, name) > 0:
@@ -94,7 +95,8 @@ def race_sides(race: RaceRun, seed: int) -> list[Side]:
         for number in race.experts or (None,):
             own = settings if number is None else with_experts(settings, number)
             name = "sparse" if number is None else f"sparse-{number}"
-            label = f"{race.paper}, {_listed(own.num_experts)} experts, {_listed(own.num_selected)} per token{of_data}"
+            chosen = f"{_listed(own.num_experts)} experts, {_listed(own.num_selected)} per token"
+            label = f"{race.paper}, {chosen}{of_data}"
             sides.append(_side(race, seed, name + suffix, "sparse", label, None, own, share))
     return sides
 
@@ -107,7 +109,8 @@ def with_experts(settings: Any, num_experts: int) -> Any:
     selected = settings.num_selected if isinstance(settings.num_selected, tuple) else (settings.num_selected,)
     if num_experts < max(selected):
         raise UserError(
-            f"experts {num_experts} with num_selected {max(selected)}; allowed: {max(selected)} or more; lower --num-selected"
+            f"experts {num_experts} with num_selected {max(selected)}; allowed: {max(selected)} or more; "
+            "lower --num-selected"
         )
     return dataclasses.replace(settings, num_experts=num_experts)
 

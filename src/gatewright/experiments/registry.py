@@ -1,4 +1,6 @@
-"""Recorded experiments by name: `gatewright reproduce PAPER/TABLE` rebuilds one and writes its result file."""
+"""Recorded experiments by name: `gatewright reproduce PAPER/TABLE` rebuilds one and writes its result
+file.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """One experiment: what it claims, and the function (work folder, quick) -> record, page text and pictures."""
+    """One experiment: what it claims, and the function (work folder, quick) -> record, page text and
+    pictures.
+    """
 
     name: str
     about: str
@@ -69,13 +73,14 @@ def reproduce(
 ) -> Reproduction:
     """Run one experiment and write OUT/NAME.json, NAME.md and pictures; a stopped one goes on where it was.
 
-    Args: `quick` takes minutes and writes NAME-quick.*; the full form is what is recorded. `work` holds runs and checkpoints
-    (default runs/reproduce/NAME).
+    Args: `quick` takes minutes and writes NAME-quick.*; the full form is what is recorded. `work` holds runs
+    and checkpoints (default runs/reproduce/NAME).
     Raises: UserError for an unknown target.
     """
     if target not in TARGETS:
         raise UserError(
-            f"reproduction {target!r} is unknown{did_you_mean(target, TARGETS)}; allowed: {', '.join(TARGETS)}"
+            f"reproduction {target!r} is unknown{did_you_mean(target, TARGETS)}; allowed: "
+            f"{', '.join(TARGETS)}"
         )
     name = target.replace("/", "-") + ("-quick" if quick else "")
     record, page, pictures = TARGETS[target].run(work or Path("runs/reproduce") / name, quick)

@@ -30,7 +30,8 @@ def best_rate(entries: Sequence[Record], kind: str) -> float:
     best = min(finite, key=lambda e: e["valid_bpb"])
     if best in (own[0], own[-1]):
         raise UserError(
-            f"the best {kind} rate {best['learning_rate']} is at the end of its list; allowed: a list that goes on beyond the best; "
+            f"the best {kind} rate {best['learning_rate']} is at the end of its list; allowed: a list that "
+            "goes on beyond the best; "
             "add rates"
         )
     return float(best["learning_rate"])
@@ -41,7 +42,8 @@ def sweep(
 ) -> Record:
     """Train every side of `race` (first seed) at every rate, and return and write the entries to `path`.
 
-    Each run is the side's own annealed run, alone; finished entries in `path` are kept, and a stopped run goes on from its checkpoint.
+    Each run is the side's own annealed run, alone; finished entries in `path` are kept, and a stopped run
+    goes on from its checkpoint.
     """
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"entries": []}
     if record["entries"] and record["race"] != _race_settings(race):

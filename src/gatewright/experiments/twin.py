@@ -1,4 +1,6 @@
-"""Dense twins: the same backbone with every mixture replaced by a dense layer of equal compute, or of equal size."""
+"""Dense twins: the same backbone with every mixture replaced by a dense layer of equal compute, or of
+equal size.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ def cost_of(paper: str, settings: Any) -> Cost:
 def dense_twin(paper: str, settings: Any, against: Against = "active") -> Any:
     """Return Settings of the dense twin.
 
-    "active": equal forward FLOPs per token within 1 %; the routers' FLOPs are counted, so the twin's layers are a little wider than the
-    experts that a token meets. "total": as many total parameters within 1 %. Dense layers of the original keep their width.
+    "active": equal forward FLOPs per token within 1 %; the routers' FLOPs are counted, so the twin's layers
+    are a little wider than the experts that a token meets. "total": as many total parameters within 1 %.
+    Dense layers of the original keep their width.
     Raises: UserError if the settings are dense already, or too small for 1 %.
     """
     n = settings.num_layers
@@ -57,7 +60,8 @@ def dense_twin(paper: str, settings: Any, against: Against = "active") -> Any:
     reached = _measure(cost_of(paper, twin), against)
     if abs(reached / target - 1) > TOLERANCE:
         raise UserError(
-            f"the nearest dense twin has {reached / target - 1:+.1%} of the sparse model's {against} cost; allowed: within 1 %; "
+            f"the nearest dense twin has {reached / target - 1:+.1%} of the sparse model's {against} cost; "
+            "allowed: within 1 %; "
             "choose a larger width or expert_width"
         )
     return twin

@@ -16,7 +16,8 @@ def check_activation(name: str) -> str:
     """Return `name` if it is a known activation; raise UserError otherwise."""
     if name not in ACTIVATIONS:
         raise UserError(
-            f"activation {name!r} is unknown{did_you_mean(name, ACTIVATIONS)}; allowed: {', '.join(ACTIVATIONS)}"
+            f"activation {name!r} is unknown{did_you_mean(name, ACTIVATIONS)}; allowed: "
+            f"{', '.join(ACTIVATIONS)}"
         )
     return name
 
@@ -41,7 +42,8 @@ def _pointwise_backward(name: str, grad: Tensor, h: Tensor) -> Tensor:
 
 
 def activate(name: str, h: Tensor) -> Tensor:
-    """Return the activation of h: [..., 2F] -> [..., F] when gated (gate half first), else [..., F] -> [..., F].
+    """Return the activation of h: [..., 2F] -> [..., F] when gated (gate half first), else [..., F] -> [...,
+    F].
 
     Equation: swiglu(h) = silu(gate) * up; geglu(h) = gelu(gate) * up with the exact (erf) GELU.
     """

@@ -41,5 +41,7 @@ def expert_mlp(
 def expert_mlp_sorted(
     rows: Tensor, counts: Tensor, weights: ExpertWeights, backend: str | None = None
 ) -> Tensor:
-    """Return each sorted row's expert output [M, D] -> [M, D]; `counts` [E]: what an all-to-all leaves on a rank."""
+    """Return each sorted row's expert output [M, D] -> [M, D]; `counts` [E]: what an all-to-all leaves on
+    a rank.
+    """
     return BACKENDS[choose_backend(backend)[0]].expert_mlp_sorted(rows, counts, weights)

@@ -1,8 +1,9 @@
 """Grouped matmuls with a hand-written backward: gathers in both directions, nothing scattered, little kept.
 
-Why by hand: with the inverse view of the plan, combining and the gradient of dispatching are both a gather-sum, so no
-index_add is needed; multiplying the combine weight into the hidden row (not the output row) gives the weight's gradient from
-tensors that the backward pass has anyway; and only x and the pre-activations are kept for the backward pass.
+Why by hand: with the inverse view of the plan, combining and the gradient of dispatching are both a
+gather-sum, so no index_add is needed; multiplying the combine weight into the hidden row (not the output row)
+gives the weight's gradient from tensors that the backward pass has anyway; and only x and the pre-activations
+are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def _rows_times_weights(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor
 
 
 def _outer_by_group(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
-    """Return left[group].T @ right[group] -> [E, A, B] for left [M, A], right [M, B]: the weights' gradient."""
+    """Return left[group].T @ right[group] -> [E, A, B] for left [M, A], right [M, B]: the weights'
+    gradient.
+    """
     offsets = counts.cumsum(0, dtype=torch.int32)
     if left.shape[0] and _aligned(left, right):
         return F.grouped_mm(left.t(), right, offs=offsets)

@@ -11,10 +11,11 @@ from torch import Tensor
 class DispatchPlan:
     """Which token rows go to which expert, as two views of one counting sort.
 
-    Sorted view: `token_ids` [M] int64, the token of each kept assignment, grouped by expert in ascending expert id and, inside an
-    expert, in position order; `counts` [E] int64, rows per expert, so that `counts.sum() == M`.
-    Inverse view: `slots` [T, K] int64, the sorted row that holds a token's k-th choice, -1 where it was dropped or never
-    made. With it, combining is a gather and a sum, and the gradient of dispatching is too.
+    Sorted view: `token_ids` [M] int64, the token of each kept assignment, grouped by expert in ascending
+    expert id and, inside an expert, in position order; `counts` [E] int64, rows per expert, so that
+    `counts.sum() == M`. Inverse view: `slots` [T, K] int64, the sorted row that holds a token's k-th choice,
+    -1 where it was dropped or never made. With it, combining is a gather and a sum, and the gradient of
+    dispatching is too.
     """
 
     token_ids: Tensor
@@ -37,7 +38,8 @@ class DispatchPlan:
 class ExpertWeights:
     """Stacked weights of E experts without biases.
 
-    `w_in` is `w_gate_up` [E, 2F, D] (gate rows first) for gated activations, else `w_up` [E, F, D]; `w_down` is [E, D, F].
+    `w_in` is `w_gate_up` [E, 2F, D] (gate rows first) for gated activations, else `w_up` [E, F, D]; `w_down`
+    is [E, D, F].
     """
 
     w_in: Tensor

@@ -1,4 +1,6 @@
-"""The definition: one expert at a time, plain torch, any dtype, autograd as it comes. Every other backend is tested against it."""
+"""The definition: one expert at a time, plain torch, any dtype, autograd as it comes. Every other backend
+is tested against it.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +38,8 @@ def combine(out: Tensor, plan: DispatchPlan, combine_weights: Tensor) -> Tensor:
 
 
 def expert_mlp(x: Tensor, plan: DispatchPlan, combine_weights: Tensor, weights: ExpertWeights) -> Tensor:
-    """Return y [T, D]: gather the planned rows of x [T, D], run their experts, combine with weights [T, K]."""
+    """Return y [T, D]: gather the planned rows of x [T, D], run their experts, combine with weights [T,
+    K].
+    """
     out = expert_mlp_sorted(x[plan.token_ids], plan.counts, weights)
     return combine(out, plan, combine_weights)

@@ -14,7 +14,9 @@ from gatewright.parts.stats import Stats
 
 
 class Loss(NamedTuple):
-    """`total` is what is differentiated; the rest, all 0-d, says what it is made of. `task` is in nats per token."""
+    """`total` is what is differentiated; the rest, all 0-d, says what it is made of. `task` is in nats per
+    token.
+    """
 
     total: Tensor
     task: Tensor
@@ -36,13 +38,17 @@ class ModelOutput(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """total = cross-entropy + balance_weight * balance_loss + z_weight * z_loss (both: mean over routers, see their docstrings)."""
+    """total = cross-entropy + balance_weight * balance_loss + z_weight * z_loss (both: mean over routers,
+    see their docstrings).
+    """
 
     balance_weight: float = 0.0
     z_weight: float = 0.0
 
     def __call__(self, output: ModelOutput, targets: Tensor) -> Loss:
-        """Return the Loss; `targets` [B, S] int64 is the token that follows each; cross-entropy is taken in at least fp32."""
+        """Return the Loss; `targets` [B, S] int64 is the token that follows each; cross-entropy is taken
+        in at least fp32.
+        """
         logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
         task = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         balance, z = balance_loss(output.stats), z_loss(output.stats)

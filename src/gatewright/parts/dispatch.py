@@ -22,15 +22,16 @@ def expert_capacity(capacity_factor: float, num_selected: int, num_tokens: int, 
         raise UserError(
             f"capacity_factor {capacity_factor}; allowed: above 0, or none for dropless; 1.0 has no head-room"
         )
-    # The factor is read as the decimal that was written: in floats 1.1 * 50 is 55.00000000000001, which has the ceiling 56.
+    # Read as the decimal that was written: in floats 1.1 * 50 is 55.00000000000001, whose ceiling is 56.
     return math.ceil(Fraction(str(capacity_factor)) * num_selected * num_tokens / num_experts)
 
 
 def make_plan(assignment: Assignment, capacity: int | None = None) -> DispatchPlan:
-    """Return both views of who is computed where; one stable sort, so rows stay in position order inside an expert.
+    """Return both views of who is computed where; one stable sort, so rows stay in position order inside an
+    expert.
 
-    Position order counts token by token and, inside a token, by rank. With `capacity` C, an expert's assignments beyond its
-    first C in that order are dropped: their slot is -1. None is dropless.
+    Position order counts token by token and, inside a token, by rank. With `capacity` C, an expert's
+    assignments beyond its first C in that order are dropped: their slot is -1. None is dropless.
     """
     num_tokens, num_selected = assignment.experts.shape
     num_experts = assignment.num_experts

@@ -1,4 +1,6 @@
-"""E feed-forward networks as stacked weights, and the plain MLP that serves as dense layer and as shared expert."""
+"""E feed-forward networks as stacked weights, and the plain MLP that serves as dense layer and as shared
+expert.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ def _fan_in_normal(weight: Tensor) -> None:
 
 
 class MLP(nn.Module):
-    """A dense feed-forward layer without biases, [..., D] -> [..., D]; `w_in` [F or 2F, D] (gate first), `w_down` [D, F].
+    """A dense feed-forward layer without biases, [..., D] -> [..., D]; `w_in` [F or 2F, D] (gate first),
+    `w_down` [D, F].
 
     Equation: FFN(x) = w_down act(w_in x).
     """
@@ -38,7 +41,9 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """E expert feed-forward networks, stacked: `w_gate_up` [E, 2F, D] or `w_up` [E, F, D], and `w_down` [E, D, F]."""
+    """E expert feed-forward networks, stacked: `w_gate_up` [E, 2F, D] or `w_up` [E, F, D], and `w_down`
+    [E, D, F].
+    """
 
     def __init__(self, width: int, num_experts: int, expert_width: int, activation: str = "swiglu") -> None:
         super().__init__()

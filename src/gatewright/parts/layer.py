@@ -21,7 +21,8 @@ from gatewright.parts.stats import RouterStats, Stats
 
 
 class MoELayer(nn.Module):
-    """A drop-in feed-forward layer of E experts of which each token uses K: x [..., D] -> (y [..., D], Stats).
+    """A drop-in feed-forward layer of E experts of which each token uses K: x [..., D] -> (y [..., D],
+    Stats).
 
     1. router: x -> logits -> scores, in at least fp32 by default
     2. selection rule: scores -> Assignment (K experts and weights per token)
@@ -29,8 +30,9 @@ class MoELayer(nn.Module):
     4. experts and combine: y_t = sum_k weight[t, k] FFN_{expert[t, k]}(x_t), dropped choices adding zero
     5. shared experts: one plain MLP that every token passes, added with weight 1
 
-    Args: `capacity_factor` None is dropless, else C = ceil(f K T / E) over all tokens of the call; `router_dtype` is what the router
-    computes in; `num_shared_experts` n makes the shared MLP n * expert_width wide; `backend` as `kernels.choose_backend`.
+    Args: `capacity_factor` None is dropless, else C = ceil(f K T / E) over all tokens of the call;
+    `router_dtype` is what the router computes in; `num_shared_experts` n makes the shared MLP n *
+    expert_width wide; `backend` as `kernels.choose_backend`.
     Equation: Switch Transformer eq 2 ("raw"), Mixtral section 2.1 ("renormalised", the default).
     Raises: UserError for K outside 1..E, an unknown name, or a weight form that cannot train the router.
     """
@@ -53,7 +55,8 @@ class MoELayer(nn.Module):
         check_selection(num_experts, num_selected, weights)
         if min(width, expert_width) < 1 or num_shared_experts < 0:
             raise UserError(
-                f"width {width}, expert_width {expert_width}, num_shared_experts {num_shared_experts}; allowed: widths of 1 or "
+                f"width {width}, expert_width {expert_width}, num_shared_experts {num_shared_experts}; "
+                "allowed: widths of 1 or "
                 "more, shared experts of 0 or more"
             )
         if capacity_factor is not None:
@@ -68,16 +71,19 @@ class MoELayer(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None, capture: bool = False) -> tuple[Tensor, Stats]:
-        """Return (y, Stats). `mask` [...] bool: False = padding, which takes no capacity, enters no statistic and gets 0."""
+        """Return (y, Stats). `mask` [...] bool: False = padding, which takes no capacity, enters no
+        statistic and gets 0.
+        """
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
             raise UserError(
-                f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}; allowed: torch.bool {tuple(x.shape[:-1])}; "
+                f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}; allowed: torch.bool "
+                f"{tuple(x.shape[:-1])}; "
                 "give one truth value per token"
             )
         flat = x.reshape(-1, x.shape[-1])
         flat_mask = None if mask is None else mask.reshape(-1)
         if flat_mask is not None:
-            # Padding may hold anything, NaN included: where, not multiply, keeps it out of values and gradients.
+            # Padding may hold NaN: where, not multiply, keeps it out of values and gradients.
             flat = torch.where(flat_mask.unsqueeze(-1), flat, 0)
         logits = self.router(flat)
         scores = softmax_scores(logits)

@@ -1,4 +1,6 @@
-"""Who goes where: logits, scores and selection rules. A rule turns scores into an Assignment and nothing else."""
+"""Who goes where: logits, scores and selection rules. A rule turns scores into an Assignment and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _ARGMAX_PASSES = 16
 
 @dataclass(frozen=True)
 class Assignment:
-    """Who goes where: `experts` [T, K] int64 in falling rank (-1 = empty place), `weights` [T, K] with gradient, E experts."""
+    """Who goes where: `experts` [T, K] int64 in falling rank (-1 = empty place), `weights` [T, K] with
+    gradient, E experts.
+    """
 
     experts: Tensor
     weights: Tensor
@@ -38,10 +42,12 @@ class Assignment:
 
 
 class Router(nn.Module):
-    """One linear map per MoE layer, [T, D] -> logits [T, E], computed in `dtype` or the input's if that is wider.
+    """One linear map per MoE layer, [T, D] -> logits [T, E], computed in `dtype` or the input's if that is
+    wider.
 
-    Equation: h(x) = W_r x (Switch Transformer, eq 1), no bias. The parameter stays in its own dtype; `dtype` is what it
-    is computed in (torch.bfloat16 is possible and is what selective precision, Switch table 2, warns of).
+    Equation: h(x) = W_r x (Switch Transformer, eq 1), no bias. The parameter stays in its own dtype; `dtype`
+    is what it is computed in (torch.bfloat16 is possible and is what selective precision, Switch table 2,
+    warns of).
     """
 
     def __init__(self, width: int, num_experts: int, dtype: torch.dtype = torch.float32) -> None:
@@ -68,10 +74,11 @@ def softmax_scores(logits: Tensor) -> Tensor:
 
 
 def select_top(scores: Tensor, num_selected: int) -> Tensor:
-    """Return the ids [T, K] of the K highest scores [T, E], highest first; among equals the lowest expert id first.
+    """Return the ids [T, K] of the K highest scores [T, E], highest first; among equals the lowest expert id
+    first.
 
-    torch.topk breaks ties arbitrarily, so it is not used. A NaN counts as the highest score, as in torch.sort.
-    Carries no gradient.
+    torch.topk breaks ties arbitrarily, so it is not used. A NaN counts as the highest score, as in
+    torch.sort. Carries no gradient.
     """
     scores = scores.detach()
     num_experts = scores.shape[-1]
@@ -100,11 +107,13 @@ def check_selection(num_experts: int, num_selected: int, weights: str) -> None:
         )
     if weights not in WEIGHT_FORMS:
         raise UserError(
-            f"weights {weights!r} is unknown{did_you_mean(weights, WEIGHT_FORMS)}; allowed: {', '.join(WEIGHT_FORMS)}"
+            f"weights {weights!r} is unknown{did_you_mean(weights, WEIGHT_FORMS)}; allowed: "
+            f"{', '.join(WEIGHT_FORMS)}"
         )
     if num_selected == 1 and num_experts > 1 and weights != "raw":
         raise UserError(
-            f"num_selected 1 with weights {weights!r} makes every gate exactly 1, so the router gets no gradient; "
+            f"num_selected 1 with weights {weights!r} makes every gate exactly 1, so the router gets no "
+            "gradient; "
             "use weights 'raw', or select 2 or more experts"
         )
 
@@ -115,8 +124,9 @@ def token_choice(
     """Return the assignment in which each token takes its K best experts.
 
     Args: `logits`, `scores` [T, E]; `mask` [T] bool, False = padding, whose places stay empty.
-    Weights: "raw" keeps the scores of the chosen (Switch eq 2; OLMoE eq 1); "renormalised" divides them by their sum; "softmax_selected"
-    is softmax over the chosen logits (Mixtral: Softmax(TopK(x W_g))), the same numbers when scores are a softmax.
+    Weights: "raw" keeps the scores of the chosen (Switch eq 2; OLMoE eq 1); "renormalised" divides them by
+    their sum; "softmax_selected" is softmax over the chosen logits (Mixtral: Softmax(TopK(x W_g))), the same
+    numbers when scores are a softmax.
     Raises: UserError for K outside 1..E, and for K = 1 < E with a normalised form (a constant gate).
     """
     check_selection(scores.shape[-1], num_selected, weights)

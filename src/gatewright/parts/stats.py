@@ -12,12 +12,13 @@ from torch import Tensor
 class RouterStats:
     """Sufficient statistics of one router on one batch of T tokens (padding enters none of them).
 
-    Counts are int64 and carry no gradient; the sums are fp32 (fp64 for fp64 input) and do, so that losses can be built from them.
-    `tokens`: T as a 0-d tensor. `counts` [E]: assignments made per expert, before capacity. `kept` [E]: after capacity.
-    `dropped_by_rank` [K]: assignments dropped at capacity, by the token's rank of that choice. `unrouted`: tokens left without any
-    expert. `score_sums` [E]: sum over tokens of the scores. `logsumexp_sum`, `logsumexp_square_sum`: over tokens, of logsumexp(logits).
-    `nonfinite`: tokens whose logits hold a NaN or an infinity.
-    With capture: `logits` [T, E], `scores` [T, E], `experts` [T, K] (-1 where padding or dropped), `combine_weights` [T, K].
+    Counts are int64 and carry no gradient; the sums are fp32 (fp64 for fp64 input) and do, so that losses can
+    be built from them. `tokens`: T as a 0-d tensor. `counts` [E]: assignments made per expert, before
+    capacity. `kept` [E]: after capacity. `dropped_by_rank` [K]: assignments dropped at capacity, by the
+    token's rank of that choice. `unrouted`: tokens left without any expert. `score_sums` [E]: sum over tokens
+    of the scores. `logsumexp_sum`, `logsumexp_square_sum`: over tokens, of logsumexp(logits). `nonfinite`:
+    tokens whose logits hold a NaN or an infinity. With capture: `logits` [T, E], `scores` [T, E], `experts`
+    [T, K] (-1 where padding or dropped), `combine_weights` [T, K].
     """
 
     num_selected: int

@@ -1,4 +1,6 @@
-"""Keep big blocks of freed memory inside the process: fresh pages cost more than the arithmetic on small machines."""
+"""Keep big blocks of freed memory inside the process: fresh pages cost more than the arithmetic on small
+machines.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ _M_MMAP_THRESHOLD = -3
 def keep_big_blocks(largest: int = 1 << 30) -> bool:
     """Tell glibc to serve blocks of up to `largest` bytes from the heap and to keep them when freed.
 
-    Process-wide, so only commands call it, never an import. Returns whether it took effect (False without glibc).
+    Process-wide, so only commands call it, never an import. Returns whether it took effect (False without
+    glibc).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,7 +1,9 @@
-"""Atomic checkpoints with a checksum manifest: a kill, a full disk or a flipped bit never costs what was saved before.
+"""Atomic checkpoints with a checksum manifest: a kill, a full disk or a flipped bit never costs what was
+saved before.
 
-Layout: OUT/checkpoints/step-00000250/ holds weights and optimizer as safetensors, everything else as JSON, and manifest.json with the
-sha256 and size of each file. A checkpoint is written beside, flushed to disk, and only then renamed into its place.
+Layout: OUT/checkpoints/step-00000250/ holds weights and optimizer as safetensors, everything else as JSON,
+and manifest.json with the sha256 and size of each file. A checkpoint is written beside, flushed to disk, and
+only then renamed into its place.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def write_atomic(path: Path, text: str) -> None:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write one checkpoint below `folder`, then remove all but the newest `keep`.
 
-    Raises: RunFailure when it cannot be written (full disk); older checkpoints are untouched and nothing half-written stays.
+    Raises: RunFailure when it cannot be written (full disk); older checkpoints are untouched and nothing
+    half-written stays.
     """
     final = folder / f"step-{checkpoint.step:08d}"
     beside = folder / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -97,7 +100,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def _put(beside: Path, final: Path) -> None:
-    """Give a finished checkpoint its name. One of the same name steps aside first, since folders cannot be exchanged in one step."""
+    """Give a finished checkpoint its name. One of the same name steps aside first, since folders cannot be
+    exchanged in one step.
+    """
     aside = None
     if final.exists():
         aside = beside.with_suffix(".old")
@@ -173,7 +178,9 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] | None = None) -
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Undo what a killed save left behind: half-written folders go, and one that had stepped aside comes back."""
+    """Undo what a killed save left behind: half-written folders go, and one that had stepped aside comes
+    back.
+    """
     if not folder.is_dir():
         return
     for aside in folder.glob(".step-*.old"):
@@ -196,7 +203,9 @@ def optimizer_tensors(optimizer: Any, names: Mapping[Tensor, str]) -> dict[str, 
 
 
 def restore_optimizer(optimizer: Any, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned, on each parameter's device (step counters stay as saved)."""
+    """Put back what `optimizer_tensors` returned, on each parameter's device (step counters stay as
+    saved).
+    """
     by_name: dict[str, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         name, _, key = full.rpartition("/")

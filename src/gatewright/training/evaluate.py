@@ -21,7 +21,9 @@ class EvalRun:
     """Evaluate the newest checkpoint of a run in bits per byte."""
 
     data: tuple[str, ...] = ()
-    """files and folders; their held-out documents are evaluated; none means the text that the run was trained on"""
+    """files and folders; their held-out documents are evaluated; none means the text that the run was
+    trained on
+    """
     eval_bytes: int = 512_000
     """bytes of validation text, spread evenly over the domains"""
     averaged: bool = False
@@ -62,7 +64,8 @@ class EvalResult:
     def to_text(self) -> str:
         """Return a line per domain and one over all."""
         rows = [f"{domain:24s} {bits:.4f}" for domain, bits in self.domains.items()]
-        total = f"{'all':24s} {self.bits_per_byte:.4f} bits per byte on {self.num_bytes:,} bytes, step {self.step}"
+        where = f"bits per byte on {self.num_bytes:,} bytes, step {self.step}"
+        total = f"{'all':24s} {self.bits_per_byte:.4f} {where}"
         return "\n".join([*rows, total])
 
 

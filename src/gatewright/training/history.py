@@ -1,18 +1,28 @@
-"""What a run remembers of itself: losses, evaluations, expert load and drops over time. Saved in every checkpoint."""
+"""What a run remembers of itself: losses, evaluations, expert load and drops over time. Saved in every
+checkpoint.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with None for each number that is not finite, since JSON has no word for those."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
 @dataclass
 class History:
-    """`log`: one record per `log_every` steps; `curve`: one per evaluation; `load`, `dropped`: per router, shares per log record.
+    """`log`: one record per `log_every` steps; `curve`: one per evaluation; `load`, `dropped`: per router,
+    shares per log record.
 
-    `turns`: round, steps and seconds of each turn in a race. `recent`: sums since the last log record.
+    A log record's `loss` is the mean over the steps that were not skipped, None if all were. `turns`: round,
+    steps and seconds of each turn in a race. `recent`: sums since the last log record.
     """
 
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -28,7 +38,10 @@ class History:
         """Add a step; on each `every`-th, close a log record with the means since the last."""
         recent = self.recent
         recent["steps"] += 1
-        recent["loss"] += record["loss"]
+        if record["skipped"]:
+            recent["skipped"] = recent.get("skipped", 0) + 1
+        else:
+            recent["loss"] += record["loss"]
         recent["seconds"] += record["step_seconds"]
         for name, counted in routers.items():
             own = recent["routers"].setdefault(name, {"counts": [0] * len(counted["counts"]), "kept": 0})
@@ -39,12 +52,13 @@ class History:
 
     def _close(self, record: dict[str, Any]) -> None:
         recent = self.recent
-        steps = recent["steps"]
+        steps, skipped = recent["steps"], recent.get("skipped", 0)
         self.log.append(
             {
-                **record,
-                "loss": recent["loss"] / steps,
+                **finite(record),
+                "loss": recent["loss"] / (steps - skipped) if steps > skipped else None,
                 "step_seconds": recent["seconds"] / steps,
+                "skipped_steps": skipped,
             }
         )
         for name, counted in recent["routers"].items():

@@ -59,12 +59,15 @@ def load_run(out: str | Path, *, device: str = "cpu", averaged: bool = False) ->
 
 
 def read_run_settings(out: Path) -> dict[str, dict[str, Any]]:
-    """Return run.toml's tables. Raises: UserError if `out` is no run, naming the runs below it if there are some."""
+    """Return run.toml's tables. Raises: UserError if `out` is no run, naming the runs below it if there
+    are some.
+    """
     if not (out / "run.toml").exists() or not (out / "checkpoints").exists():
         below = sorted({p.parent for p in out.glob("*/*/checkpoints")}) if out.is_dir() else []
         hint = f"; runs below it: {', '.join(map(str, below[:4]))}" if below else ""
         raise UserError(
-            f"{out} holds no run (run.toml and checkpoints/); give the --out folder of `gatewright train`{hint}"
+            f"{out} holds no run (run.toml and checkpoints/); give the --out folder of `gatewright "
+            f"train`{hint}"
         )
     return read_settings(out / "run.toml")
 

@@ -1,4 +1,6 @@
-"""Train one model to the end of its budget: the loop around a Trainer, with logs, checkpoints, a result and a report."""
+"""Train one model to the end of its budget: the loop around a Trainer, with logs, checkpoints, a result
+and a report.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ class TrainResult:
         d = self.to_dict()
         ended = "stopped, `--resume` continues" if self.stopped else "done"
         return (
-            f"{ended}: {d['bits_per_byte']:.4f} bits per byte after {d['tokens']:,} tokens in {d['train_seconds']:.0f} s\n"
+            f"{ended}: {d['bits_per_byte']:.4f} bits per byte after {d['tokens']:,} tokens in "
+            f"{d['train_seconds']:.0f} s\n"
             f"report: {d['report']}"
         )
 
@@ -73,10 +76,11 @@ def refuse_used(out: Path, resume: bool, result: str) -> None:
 
 
 def train(run: TrainRun) -> TrainResult:
-    """Train `run` and return its result; writes run.toml, log.jsonl, tensorboard/, checkpoints/, train.json and report.html.
+    """Train `run` and return its result; writes run.toml, log.jsonl, tensorboard/, checkpoints/, train.json
+    and report.html.
 
-    Raises: UserError for settings or data that cannot work; RunFailure for a full disk or a loss that is not finite: the last
-    checkpoint stays whole and `resume` continues from it.
+    Raises: UserError for settings or data that cannot work; RunFailure for a full disk or a loss that is not
+    finite: the last checkpoint stays whole and `resume` continues from it.
     """
     out = Path(run.out)
     refuse_used(out, run.resume, "train.json")
@@ -94,7 +98,9 @@ def train(run: TrainRun) -> TrainResult:
 
 
 def resume_or_begin(trainer: Trainer, out: Path, progress: Progress) -> None:
-    """Restore the newest whole checkpoint of `out` if the run resumes and has one; else write its run.toml."""
+    """Restore the newest whole checkpoint of `out` if the run resumes and has one; else write its
+    run.toml.
+    """
     settings = out / "run.toml"
     clear_leftovers(out / "checkpoints")
     if trainer.run.resume and settings.exists():
@@ -174,7 +180,9 @@ def kind_of(trainer: Trainer) -> str:
 
 
 def write_result(path: Path, record: dict[str, Any]) -> None:
-    """Write a result file. Raises: RunFailure if a number in it is not finite, since JSON has no word for that."""
+    """Write a result file. Raises: RunFailure if a number in it is not finite, since JSON has no word for
+    that.
+    """
     try:
         text = json.dumps(record, indent=1, allow_nan=False)
     except ValueError as error:

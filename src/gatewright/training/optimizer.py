@@ -21,7 +21,9 @@ def build_adamw(model: nn.Module, run: LoopSettings, learning_rate: float) -> to
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
-    """Scale gradients to a total norm of at most `largest` (0: leave them) and return the norm before, a 0-d tensor."""
+    """Scale gradients to a total norm of at most `largest` (0: leave them) and return the norm before, a
+    0-d tensor.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients, foreach=True)
     if largest > 0:
@@ -30,9 +32,11 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's parameters: a += (1 - decay) (w - a), unbiased in its first steps.
+    """Exponential moving average of a model's parameters: a += (1 - decay) (w - a), unbiased in its first
+    steps.
 
-    The decay of step n (1-based) is min(decay, n / (n + 10)), so that early averages are not held by the initial weights.
+    The decay of step n (1-based) is min(decay, n / (n + 10)), so that early averages are not held by the
+    initial weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

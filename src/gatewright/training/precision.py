@@ -1,4 +1,6 @@
-"""Selective precision: matmuls in bf16 where asked for, routers in their own dtype, weights and optimizer in fp32."""
+"""Selective precision: matmuls in bf16 where asked for, routers in their own dtype, weights and optimizer
+in fp32.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def set_router_dtype(model: nn.Module, router_dtype: str) -> None:
-    """Make every router of `model` compute in `router_dtype` ("fp32" or "bf16"); parameters keep their dtype."""
+    """Make every router of `model` compute in `router_dtype` ("fp32" or "bf16"); parameters keep their
+    dtype.
+    """
     for module in model.modules():
         if isinstance(module, Router):
             module.dtype = DTYPES[router_dtype]

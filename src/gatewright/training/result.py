@@ -59,7 +59,9 @@ def side_record(trainer: Trainer, kind: str, label: str) -> dict[str, Any]:
 
 
 def routing_record(trainer: Trainer) -> dict[str, Any]:
-    """Return where validation tokens go: specialisation by domain, and one coloured text per domain; None for a dense model."""
+    """Return where validation tokens go: specialisation by domain, and one coloured text per domain; None
+    for a dense model.
+    """
     if not trainer.history.load:
         return {"specialisation": None, "token_view": None}
     texts = trainer.validation_text

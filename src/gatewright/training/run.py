@@ -106,7 +106,9 @@ class TrainRun(LoopSettings):
     tokens: int = 8_192_000
     """tokens to train on"""
     minutes: float | None = None
-    """stop after this many minutes of training steps; the schedule then follows the clock where it is ahead"""
+    """stop after this many minutes of training steps; the schedule then follows the clock where it is
+    ahead
+    """
     until_loss: float | None = None
     """stop at the first evaluation at or below this many bits per byte"""
     data_fraction: float = 1.0

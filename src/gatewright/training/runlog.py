@@ -1,15 +1,24 @@
-"""Where a run writes what happens: JSON lines and TensorBoard always; a progress bar on a terminal, plain lines off it."""
+"""Where a run writes what happens: JSON lines and TensorBoard always; a progress bar on a terminal, plain
+lines off it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import sys
 import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from gatewright.training.history import History
+from gatewright.errors import RunFailure
+from gatewright.training.checkpoint import write_atomic
+from gatewright.training.history import History, finite
 
 
 def duration(seconds: float) -> str:
@@ -20,7 +29,9 @@ def duration(seconds: float) -> str:
 
 
 def load_line(history: History) -> str:
-    """Return the latest expert load as "load max/mean 1.43, idle 0, dropped 0.0 %", over all routers; "" for a dense model."""
+    """Return the latest expert load as "load max/mean 1.43, idle 0, dropped 0.0 %", over all routers; ""
+    for a dense model.
+    """
     if not history.load:
         return ""
     latest = [shares[-1] for shares in history.load.values()]
@@ -31,36 +42,80 @@ def load_line(history: History) -> str:
 
 
 class RunLog:
-    """Writes records of one model to OUT/log.jsonl and OUT/tensorboard."""
+    """Writes records of one model to OUT/log.jsonl and OUT/tensorboard.
+
+    Raises: RunFailure where they cannot be written (full disk).
+    """
 
     def __init__(self, out: Path, step: int = 0) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "log.jsonl"
         kept = _lines_up_to(self.path, step)
-        self.path.write_text("".join(kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        # Beside and renamed: a kill in the middle must not cost lines that the checkpoint counts as written.
+        write_atomic(self.path, "".join(kept))
+        with _failing_as_run(out):
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            self._board = _Board(out / "tensorboard", step + 1)
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
-        """Add one record; `kind` is "step" or "evaluation"."""
-        self._file.write(json.dumps({"kind": kind, **record}) + "\n")
-        for key, value in record.items():
-            if (
-                key != "step"
-                and isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-            ):
-                self._board.add_scalar(f"{kind}/{key}", value, record["step"])
-        for domain, bits in record.get("domains", {}).items():
-            self._board.add_scalar(f"{kind}/bits per byte/{domain}", bits, record["step"])
+        """Add one record; `kind` is "step" or "evaluation". What is not finite becomes null in log.jsonl."""
+        record = finite(record)
+        scalars = {f"{kind}/{k}": v for k, v in record.items() if k != "step" and type(v) in (int, float)}
+        domains = record.get("domains", {})
+        scalars |= {f"{kind}/bits per byte/{domain}": bits for domain, bits in domains.items()}
+        with _failing_as_run(self.path.parent):
+            self._file.write(json.dumps({"kind": kind, **record}, allow_nan=False) + "\n")
+            self._board.add(record["step"], scalars)
 
     def close(self) -> None:
-        """Flush both."""
+        """Close both. Every record was handed to the system when it was written: nothing is left to fail."""
+        for file in (self._file, self._board):
+            with suppress(OSError):
+                file.close()
+
+
+@contextmanager
+def _failing_as_run(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailure(
+            f"cannot write the log in {out}: {error.strerror or error}; the checkpoints are whole; free "
+            "space, then --resume"
+        ) from error
+
+
+class _Board:
+    """An event file for TensorBoard, written as it comes: torch's SummaryWriter writes from a thread, "
+    "where an error is a traceback."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # The time comes first: TensorBoard reads the files of a folder in the order of their names.
+        tail = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        # Unbuffered: one write call per part of a record, so that nothing waits in this process.
+        self._file = (folder / f"events.out.tfevents.{int(time.time()):010d}.{tail}").open("wb", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._put(file_version="brain.Event:2")
+        # Whatever an earlier process logged from this step on is superseded.
+        self._put(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _put(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Add one point to each named curve."""
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._put(step=step, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
-        self._board.close()
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

@@ -18,9 +18,10 @@ def rate_factor(
 ) -> float:
     """Return the learning rate of 0-based `step` as a share of the peak.
 
-    Args: `progress` is the share of the run done before this step, 0 to 1 (by tokens, or by the clock where that is ahead).
-    constant: 1 after warm-up. cosine: from 1 down to `final_rate`. wsd: 1 until the last `decay_share` of the run, then
-    linearly to `final_rate`. inverse_sqrt: sqrt(warmup / step) after warm-up (Vaswani et al. 2017).
+    Args: `progress` is the share of the run done before this step, 0 to 1 (by tokens, or by the clock where
+    that is ahead). constant: 1 after warm-up. cosine: from 1 down to `final_rate`. wsd: 1 until the last
+    `decay_share` of the run, then linearly to `final_rate`. inverse_sqrt: sqrt(warmup / step) after warm-up
+    (Vaswani et al. 2017).
     """
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     progress = min(max(progress, 0.0), 1.0)

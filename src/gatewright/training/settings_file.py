@@ -1,4 +1,6 @@
-"""run.toml: the resolved settings that stand beside every result, and the check that a resumed run has the same ones."""
+"""run.toml: the resolved settings that stand beside every result, and the check that a resumed run has the
+same ones.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +63,7 @@ def check_same_settings(path: Path, run: Any, model: Any) -> None:
                 continue
             if old.get(key) != table.get(key):
                 raise UserError(
-                    f"{key} is {table.get(key)} but the run in {path.parent} was begun with {old.get(key)}; resume with the same "
+                    f"{key} is {table.get(key)} but the run in {path.parent} was begun with "
+                    f"{old.get(key)}; resume with the same "
                     "settings, or give another --out"
                 )

@@ -1,4 +1,6 @@
-"""One model, its optimizer and its place in the token stream: what a run, and each side of a race, advances step by step."""
+"""One model, its optimizer and its place in the token stream: what a run, and each side of a race,
+advances step by step.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from gatewright.training.schedule import in_decay, rate_factor
 
 
 class Trainer:
-    """Advances one model on one corpus. Every number it makes follows from `run` and the step: `batch(step)` is pure, nothing is drawn."""
+    """Advances one model on one corpus. Every number it makes follows from `run` and the step:
+    `batch(step)` is pure, nothing is drawn.
+    """
 
     def __init__(self, run: TrainRun, corpus: Corpus, name: str = "model") -> None:
         self.run, self.corpus, self.name = run, corpus, name
@@ -57,7 +61,9 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, by tokens or, with a limit in minutes, by the clock where that is ahead."""
+        """Share of the run that is done, by tokens or, with a limit in minutes, by the clock where that is
+        ahead.
+        """
         by_tokens = self.step / self.total_steps
         if self.run.minutes is None:
             return by_tokens
@@ -74,7 +80,9 @@ class Trainer:
         )
 
     def advance(self) -> dict[str, Any]:
-        """Take one optimizer step and return its record (loss in nats per token, learning rate, seconds, gradient norm)."""
+        """Take one optimizer step and return its record (loss in nats per token, learning rate, seconds,
+        gradient norm).
+        """
         started = time.perf_counter()
         rate = self.run.learning_rate * rate_factor(
             self.run.schedule,
@@ -115,7 +123,9 @@ class Trainer:
         return record
 
     def _gradients(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Accumulate the gradients of one step; return the mean task loss and the routers' counts, summed over micro-batches."""
+        """Accumulate the gradients of one step; return the mean task loss and the routers' counts, summed
+        over micro-batches.
+        """
         loss = torch.zeros((), device=self.device)
         counted: dict[str, dict[str, Tensor]] = {}
         for micro in batch.split(self.micro_size):
@@ -138,7 +148,8 @@ class Trainer:
         layers = [name for name, counted in stats.items() if int(counted["nonfinite"])]
         where = f"first seen in the logits of {layers[0]}" if layers else "no router's logits are touched"
         return (
-            f"step {self.step + 1} of {self.name}: loss {loss}, gradient norm {norm}; {where}; the weights are those of the step "
+            f"step {self.step + 1} of {self.name}: loss {loss}, gradient norm {norm}; {where}; the weights "
+            "are those of the step "
             "before; lower the learning rate, or skip such steps with --on-nonfinite skip"
         )
 
@@ -150,8 +161,8 @@ class Trainer:
     def evaluate(self) -> Bits:
         """Return bits per byte on the validation text and add a point to the curve.
 
-        Before the decay phase the averaged weights are evaluated, so that points of a constant rate compare; from then on the
-        live ones.
+        Before the decay phase the averaged weights are evaluated, so that points of a constant rate compare;
+        from then on the live ones.
         """
         averaged = self.average is not None and not in_decay(
             self.run.schedule, self.progress, self.run.decay_share
@@ -200,10 +211,13 @@ class Trainer:
         return Checkpoint(self.step, tensors, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from `checkpoint`. Raises: UserError if it was trained on other text or has other tensors."""
+        """Continue from `checkpoint`. Raises: UserError if it was trained on other text or has other
+        tensors.
+        """
         if checkpoint.state["corpus"] != self.corpus.fingerprint:
             raise UserError(
-                "the checkpoint was trained on other text or another tokenizer; allowed: the same data; give the same --data, "
+                "the checkpoint was trained on other text or another tokenizer; allowed: the same data; "
+                "give the same --data, "
                 "or another --out"
             )
         held = checkpoint.tensors["model"]
@@ -236,17 +250,21 @@ def resolve_device(name: str) -> torch.device:
         not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
     ):
         raise UserError(
-            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use "
+            "--device cpu"
         )
     return device
 
 
 def micro_batch_size(run: TrainRun, context: int) -> int:
-    """Return the rows of a micro-batch. Raises: UserError unless batch_tokens splits into whole rows and micro-batches."""
+    """Return the rows of a micro-batch. Raises: UserError unless batch_tokens splits into whole rows and
+    micro-batches.
+    """
     rows, left = divmod(run.batch_tokens, context)
     if left or rows < 1 or rows % run.accumulation:
         raise UserError(
-            f"batch_tokens {run.batch_tokens} with context {context} and accumulation {run.accumulation}; allowed: a multiple of "
+            f"batch_tokens {run.batch_tokens} with context {context} and accumulation {run.accumulation}; "
+            "allowed: a multiple of "
             f"context x accumulation = {context * run.accumulation}"
         )
     return rows // run.accumulation

@@ -22,7 +22,9 @@ if os.name == "posix":
 
 @contextmanager
 def own_folder(out: Path) -> Iterator[Path]:
-    """Hold `out` for one process. Raises: UserError if another run has it; RunFailure if it cannot be made."""
+    """Hold `out` for one process. Raises: UserError if another run has it; RunFailure if it cannot be
+    made.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
