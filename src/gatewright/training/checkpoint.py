@@ -183,6 +183,9 @@ def clear_leftovers(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
+    for file in folder.glob(".*.????????.tmp"):
+        if file.is_file():
+            file.unlink(missing_ok=True)
     for aside in folder.glob(".step-*.old"):
         final = folder / aside.name.split(".")[1]
         if final.exists():

@@ -102,15 +102,17 @@ def resume_or_begin(trainer: Trainer, out: Path, progress: Progress) -> None:
     run.toml.
     """
     settings = out / "run.toml"
+    clear_leftovers(out)
     clear_leftovers(out / "checkpoints")
-    if trainer.run.resume and settings.exists():
+    if trainer.run.resume and (settings.exists() or (out / "checkpoints").exists()):
         check_same_settings(settings, trainer.run, trainer.settings)
         held = newest_checkpoint(out / "checkpoints", progress.say)
         if held is not None:
             trainer.restore(held)
             progress.say(f"{trainer.name}: continuing from step {trainer.step}")
         return
-    trainer.corpus.tokenizer.save(out / "tokenizer.json")
+    # run.toml comes last: where it stands, everything that a continuation needs does.
+    write_atomic(out / "tokenizer.json", trainer.corpus.tokenizer.to_json())
     write_settings(settings, trainer.run, trainer.settings)
 
 
@@ -139,7 +141,8 @@ def _loop(trainer: Trainer, out: Path, log: RunLog, progress: Progress) -> bool:
         if not stopped and (not trainer.history.curve or trainer.history.curve[-1]["step"] != trainer.step):
             trainer.evaluate()
             log.write("evaluation", trainer.history.curve[-1])
-        if saved != trainer.step or not stopped:
+            saved = -1
+        if saved != trainer.step:
             save_checkpoint(folder, trainer.checkpoint(), run.keep_checkpoints)
     return stopped
 
