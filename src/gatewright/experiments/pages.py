@@ -81,22 +81,27 @@ def race_page(record: Record) -> str:
     ]
     data = race["data"]
     flags = " --quick" if record["quick"] else ""
-    return f"""# {record["target"]}{" (quick form)" if record["quick"] else ""}
-
-Claim: {record["claim"]}.
-
-{race["verdict"]["sentence"]}
-
-{_table(head, rows)}
-
-Bits per byte on {data["eval_bytes"]:,} bytes of validation text from {len(data["domains"])} domains;
-gap = dense - sparse, above 0 is better for the sparse model. Step time: sparse over dense, median of turns
-taken in the same round (10th to 90th percentile). Speed-up: what the dense twin spent on its final quality, over what the sparse model spent until it had that quality.
-
-{_table(["side", "model", "parameters", "active", "forward FLOPs per token", "rate", "steps"], sizes)}
-
-{_sweep_part(record["sweep"])}
-
-Command: `gatewright reproduce {record["target"]}{flags}`. {where["processor"]},
-{where["threads"]} threads, torch {where["torch"]}, gatewright {where["gatewright"]} at commit {where["commit"]}, {race["created"]}.
-"""
+    form = " (quick form)" if record["quick"] else ""
+    measure = (
+        f"Bits per byte on {data['eval_bytes']:,} bytes of validation text from {len(data['domains'])} domains; "
+        "gap = dense - sparse, above 0 is better for the sparse model. Step time: sparse over dense, median of "
+        "turns taken in the same round (10th to 90th percentile). Speed-up: what the dense twin spent on its "
+        "final quality, over what the sparse model spent until it had that quality."
+    )
+    origin = (
+        f"Command: `gatewright reproduce {record['target']}{flags}`. {where['processor']}, {where['threads']} "
+        f"threads, torch {where['torch']}, gatewright {where['gatewright']} at commit {where['commit']}, "
+        f"{race['created']}."
+    )
+    columns = ["side", "model", "parameters", "active", "forward FLOPs per token", "rate", "steps"]
+    parts = [
+        f"# {record['target']}{form}",
+        f"Claim: {record['claim']}.",
+        race["verdict"]["sentence"],
+        _table(head, rows),
+        measure,
+        _table(columns, sizes),
+        _sweep_part(record["sweep"]),
+        origin,
+    ]
+    return "\n\n".join(parts) + "\n"

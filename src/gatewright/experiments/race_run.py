@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gatewright.errors import UserError
-from gatewright.experiments.twin import dense_twin
+from gatewright.experiments.twin import Against, dense_twin
 from gatewright.papers.registry import get_paper
 from gatewright.training import LoopSettings, TrainRun
 
@@ -26,7 +26,7 @@ class RaceRun(LoopSettings):
     """tokens of the dense twin's annealed run (100 %)"""
     fraction: float = 0.7
     """share of those tokens on which the sparse model is annealed"""
-    against: Literal["active", "total"] = "active"
+    against: Against = "active"
     """the twin has equal FLOPs per token (active), or as many total parameters (total)"""
     triangle: bool = False
     """race both twins and draw quality, compute and size in one figure"""
@@ -82,7 +82,7 @@ def race_sides(race: RaceRun, seed: int) -> list[Side]:
     """Return the sides of one seed, the dense twins first. All sides of a race see the same token stream."""
     settings = race.model if race.model is not None else get_paper(race.paper).Settings()
     sides = []
-    twins = ("active", "total") if race.triangle else (race.against,)
+    twins: tuple[Against, ...] = ("active", "total") if race.triangle else (race.against,)
     for share in race.data_fraction or (1.0,):
         suffix = f"-data{share:g}" if race.data_fraction else ""
         of_data = f" on {100 * share:g} % of the documents" if race.data_fraction else ""

@@ -1,7 +1,8 @@
 """Mechanism only: routing, dispatch, experts, balance losses, and the layer that joins them."""
 
+from gatewright.kernels import DispatchPlan
 from gatewright.parts.balancing import attach_loss, balance_loss, z_loss
-from gatewright.parts.dispatch import DispatchPlan, count_assignments, expert_capacity, make_plan
+from gatewright.parts.dispatch import count_assignments, expert_capacity, make_plan
 from gatewright.parts.experts import MLP, Experts
 from gatewright.parts.layer import MoELayer
 from gatewright.parts.routing import (

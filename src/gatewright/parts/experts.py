@@ -57,8 +57,7 @@ class Experts(nn.Module):
     @property
     def w_in(self) -> nn.Parameter:
         """The first matrix, by either name."""
-        weight: nn.Parameter = self.w_gate_up if self.gated else self.w_up
-        return weight
+        return self.get_parameter("w_gate_up" if self.gated else "w_up")
 
     def reset_parameters(self) -> None:
         """Draw both weights from a normal of std fan_in ** -0.5, truncated at 2 std."""
