@@ -26,7 +26,7 @@ class RotaryPositions(nn.Module):
         self.head_dim, self.theta = head_dim, theta
 
     def angles(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, each [length, head_dim] fp32, for positions start .. start + length - 1.
+        """Return cos and sin, each [length, head_dim] fp64, for positions start .. start + length - 1.
 
         Equation: angle(p, i) = p * theta ** (-2 i / head_dim), i = 0 .. head_dim / 2 - 1.
         """
@@ -34,7 +34,7 @@ class RotaryPositions(nn.Module):
         frequency = self.theta ** (-steps / self.head_dim)
         position = torch.arange(start, start + length, device=device, dtype=torch.float64)
         angle = torch.outer(position, frequency).repeat(1, 2)
-        return angle.cos().float(), angle.sin().float()
+        return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
