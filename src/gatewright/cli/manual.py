@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from .run import Common, flag
@@ -14,9 +15,16 @@ def help_text(bases: Sequence[Any], prog: str, hidden: Sequence[str] = (), intro
     """Return the help of a command: the flags of each settings class, then those of every command."""
     parts = [f"usage: {prog} [options]", *(["", intro] if intro else [])]
     for base in [*(base for base in bases if not isinstance(base, Common)), Common()]:
-        shown = [row for name, rows in _help_rows(base) if name not in map(flag, hidden) for row in rows]
+        blocks = _help_rows(base)
+        gone = {flag(field.name) for field in fields(base) if is_hidden(type(base), field.name, hidden)}
+        shown = [row for name, rows in blocks if name not in gone for row in rows]
         parts += ["", (type(base).__doc__ or "").strip().partition("\n")[0], *shown]
     return "\n".join(parts)
+
+
+def is_hidden(owner: type, field: str, hidden: Sequence[str]) -> bool:
+    """Say whether a field is among the hidden, as "field" or as "Class.field"."""
+    return field in hidden or f"{owner.__name__}.{field}" in hidden
 
 
 def _help_rows(base: Any) -> list[tuple[str, list[str]]]:

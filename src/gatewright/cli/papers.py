@@ -23,7 +23,7 @@ def work(argv: list[str], common: Common) -> Outcome:
     from .parse import settings_from, take_words
 
     words, rest = take_words(argv, most=1)
-    settings_from(rest, prog="gatewright papers", toml=common.from_)
+    settings_from(rest, prog="gatewright papers", words="[ID]", toml=common.from_)
     papers = (paper_info(words[0]),) if words else all_papers()
     records = [{**dataclasses.asdict(paper), "page": paper.page} for paper in papers]
     entries = [_entry(paper, most=len(paper.authors) if words else 8) for paper in papers]

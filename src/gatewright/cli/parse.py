@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, did_you_mean
-from .manual import help_text
+from .manual import help_text, is_hidden
 from .run import Common, HelpAsked, flag
 
 NUMBER = re.compile(r"-\.?\d")
@@ -41,12 +41,15 @@ class Given(NamedTuple):
 
 
 def settings_table(owners: Iterable[type], hidden: Sequence[str] = ()) -> dict[str, Setting]:
-    """Return every flag of the dataclasses. Raises TypeError when two of them claim the same word."""
+    """Return every flag of the dataclasses, less the hidden ("field" or "Class.field").
+
+    Raises TypeError when two of them claim the same word.
+    """
     table: dict[str, Setting] = {}
     for owner in owners:
         hints = typing.get_type_hints(owner, include_extras=True)
         for field in dataclasses.fields(owner):
-            if not field.init or field.name in hidden:
+            if not field.init or is_hidden(owner, field.name, hidden):
                 continue
             name = flag(field.name)
             if name in table:
@@ -60,6 +63,7 @@ def settings_from(
     *owners: Any,
     prog: str,
     toml: Path | None = None,
+    words: str = "",
     hidden: Sequence[str] = (),
     intro: str = "",
 ) -> tuple[Any, ...]:
@@ -68,8 +72,10 @@ def settings_from(
     Args:
         owners: frozen dataclasses, or instances of them, which then are the defaults.
         prog: the command as the user typed it ("gatewright train"); every message points to its --help.
+        words: what the command takes beside flags, for the help's first line ("[PATH...]").
         toml: file read before the flags; tables in it only group, keys are field names or flags.
-        hidden: fields that the command fills itself (the paper's id): no flags, skipped in the file.
+        hidden: fields ("paper", or "Settings.context") that the command fills itself: no flags; a key
+            of that name is skipped in the file.
         intro: what --help says before the flags.
 
     Raises:
@@ -79,7 +85,7 @@ def settings_from(
     bases = [owner() if isinstance(owner, type) else owner for owner in owners]
     table = settings_table([type(base) for base in bases], hidden)
     if "--help" in argv or "-h" in argv:
-        raise HelpAsked(help_text(bases, prog, hidden, intro))
+        raise HelpAsked(help_text(bases, f"{prog} {words}".strip(), hidden, intro))
     given = [*(_from_toml(toml, table, prog, hidden) if toml else ()), *_from_flags(argv, table, prog)]
     changes: dict[type, dict[str, Any]] = {type(base): {} for base in bases}
     for item in given:
@@ -114,6 +120,14 @@ def take_words(argv: Sequence[str], most: int) -> tuple[list[str], list[str]]:
     while count < min(most, len(argv)) and not argv[count].startswith("-"):
         count += 1
     return list(argv[:count]), list(argv[count:])
+
+
+def the_word(argv: Sequence[str], prog: str, name: str, what: str) -> tuple[str, list[str]]:
+    """Return the one leading word that a command needs, and the rest. Raises UserError when it is missing."""
+    words, rest = take_words(argv, most=1)
+    if not words and "--help" not in argv and "-h" not in argv:
+        raise UserError(f"{prog} {name}: {name} is missing; give {what}; see `{prog} --help`")
+    return (words or [""])[0], rest
 
 
 def read_toml(path: Path) -> dict[str, Any]:

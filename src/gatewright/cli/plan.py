@@ -1,0 +1,59 @@
+"""`gatewright plan NAME`: parameters, FLOPs and memory of a model from its settings, on no memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .run import Common, Outcome, command
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What to plan for."""
+
+    dtype: str = "bf16"
+    """of the weights: fp32, bf16, int8, int4"""
+    context: int | None = None
+    """sequence length to plan for; none is the model's own"""
+    batch: int = 1
+    """sequences that are held at once"""
+    device_memory: float | None = None
+    """memory of one device in GB (1e9 bytes); none shows a few common sizes"""
+    optimizer: str = "adamw"
+    """whose state training has to hold"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command."""
+    return command(argv, work)
+
+
+def work(argv: list[str], common: Common) -> Outcome:
+    """Plan a published size, a paper's small default (either changed by its flags), or a run."""
+    from ..evaluation.plan import plan
+    from ..papers import get_paper, published, published_names, wired_papers
+    from .parse import settings_from, the_word
+
+    names = (
+        f"a published size ({', '.join(published_names())}), a paper ({', '.join(wired_papers())}), or a run"
+    )
+    name, rest = the_word(argv, "gatewright plan", "NAME", names)
+    base: list[Any] = []
+    if name in published_names():
+        base = [published(name)[1]]
+    elif name in wired_papers():
+        base = [get_paper(name).Settings()]
+    # The context is planned for, not built in: the plan says where it exceeds the model's own.
+    doors: Any = {
+        "words": "NAME",
+        "hidden": ["Settings.context"],
+        "toml": common.from_,
+        "intro": f"NAME: {names}.",
+    }
+    asked, *model = settings_from(rest, PlanSettings, *base, prog="gatewright plan", **doors)
+    options = {key: value for key, value in vars(asked).items() if key != "device_memory"}
+    if model != base:
+        name, options["settings"] = f"{name}, changed", model[0]
+    found = plan(name, device_memory_gb=asked.device_memory, **options)
+    return Outcome(found.to_dict(), found.to_text())
