@@ -25,6 +25,10 @@ class RunFailure(GatewrightError, RuntimeError):
     exit_code = 1
 
 
+class Diverged(RunFailure):
+    """A loss or gradient that is not finite; the weights are those of the step before."""
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest allowed word, or "" when none is near."""
     near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)

@@ -83,16 +83,14 @@ def race_page(record: Record) -> str:
     flags = " --quick" if record["quick"] else ""
     form = " (quick form)" if record["quick"] else ""
     measure = (
-        f"Bits per byte on {data['eval_bytes']:,} bytes of validation text from {len(data['domains'])} domains; "
-        "gap = dense - sparse, above 0 is better for the sparse model. Step time: sparse over dense, median of "
-        "turns taken in the same round (10th to 90th percentile). Speed-up: what the dense twin spent on its "
-        "final quality, over what the sparse model spent until it had that quality."
+        f"Bits per byte on {data['eval_bytes']:,} bytes of validation text from {len(data['domains'])} "
+        "domains; gap = dense - sparse, above 0 is better for the sparse model. Step time: sparse over "
+        "dense, median of turns taken in the same round (10th to 90th percentile). Speed-up: what the dense "
+        "twin spent on its final quality, over what the sparse model spent until it had that quality."
     )
-    origin = (
-        f"Command: `gatewright reproduce {record['target']}{flags}`. {where['processor']}, {where['threads']} "
-        f"threads, torch {where['torch']}, gatewright {where['gatewright']} at commit {where['commit']}, "
-        f"{race['created']}."
-    )
+    machine = f"{where['processor']}, {where['threads']} threads, torch {where['torch']}"
+    version = f"gatewright {where['gatewright']} at commit {where['commit']}, {race['created']}"
+    origin = f"Command: `gatewright reproduce {record['target']}{flags}`. {machine}, {version}."
     columns = ["side", "model", "parameters", "active", "forward FLOPs per token", "rate", "steps"]
     parts = [
         f"# {record['target']}{form}",

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gatewright.errors import RunFailure, UserError
+from gatewright.data import Corpus
+from gatewright.errors import Diverged, RunFailure, UserError
 from gatewright.experiments.race_run import RaceRun, Side, race_sides
 from gatewright.training.checkpoint import newest_checkpoint, save_checkpoint, write_atomic
-from gatewright.training.interrupt import stop_on_signals
+from gatewright.training.interrupt import StopRequest, stop_on_signals
 from gatewright.training.loop import prepare
 from gatewright.training.runlog import Progress
 from gatewright.training.trainer import Trainer
 from gatewright.training.workplace import environment, now
 
 Record = dict[str, Any]
+Show = Callable[[float, str], None]
 
 
 def best_rate(entries: Sequence[Record], kind: str) -> float:
@@ -53,16 +55,27 @@ def sweep(
     path.parent.mkdir(parents=True, exist_ok=True)
     with Progress("sweep") as progress, stop_on_signals() as stop:
         corpus = prepare(race, progress.say)
-        for rate in rates:
-            for side in race_sides(race, race.first_seed):
-                done = {(e["name"], e["learning_rate"]) for e in record["entries"]}
-                if side.kind not in kinds or (side.name, rate) in done:
-                    continue
-                entry = _run_entry(side, rate, corpus, path.parent, progress, stop)
+        _check_text(record, corpus, path)
+        sides = [side for side in race_sides(race, race.first_seed) if side.kind in kinds]
+        every = [(rate, side) for rate in rates for side in sides]
+        for number, (rate, side) in enumerate(every):
+            if (side.name, rate) not in {(e["name"], e["learning_rate"]) for e in record["entries"]}:
+
+                def show(share: float, state: str, number: int = number) -> None:
+                    progress.update((number + share) / len(every), state)
+
+                entry = _run_entry(side, rate, corpus, path.parent, show, stop)
                 record["entries"].append(entry)
                 write_atomic(path, json.dumps(record, indent=1) + "\n")
                 progress.say(f"{side.name} at {rate:g}: {entry['valid_bpb']} bits per byte")
     return record
+
+
+def _check_text(record: Record, corpus: Corpus, path: Path) -> None:
+    held = record.get("fingerprint")
+    if record["entries"] and held != corpus.fingerprint:
+        raise UserError(f"{path} holds a sweep on other text; move it away, or give another --out")
+    record["fingerprint"] = corpus.fingerprint
 
 
 def _race_settings(race: RaceRun) -> Record:
@@ -81,11 +94,11 @@ def _race_settings(race: RaceRun) -> Record:
     return plain
 
 
-def _run_entry(side: Side, rate: float, corpus: Any, out: Path, progress: Progress, stop: Any) -> Record:
+def _run_entry(side: Side, rate: float, corpus: Corpus, out: Path, show: Show, stop: StopRequest) -> Record:
     run = dataclasses.replace(side.run, learning_rate=rate, evaluations=1, ema=0.0)
     folder = out / "sweep-checkpoints" / f"{side.name}-{rate:g}"
     trainer = Trainer(run, corpus, side.name)
-    held = newest_checkpoint(folder, progress.say)
+    held = newest_checkpoint(folder)
     if held is not None:
         trainer.restore(held)
     entry: Record = {
@@ -103,11 +116,9 @@ def _run_entry(side: Side, rate: float, corpus: Any, out: Path, progress: Progre
             trainer.advance()
             if trainer.step % run.log_every == 0:
                 loss = trainer.history.log[-1]["loss"]
-                progress.update(trainer.progress, f"{side.name} at {rate:g}: loss {loss:.3f}")
+                show(trainer.progress, f"{side.name} at {rate:g}: loss {loss:.3f}")
             if trainer.step % run.checkpoint_every == 0:
                 save_checkpoint(folder, trainer.checkpoint(), 1)
-    except RunFailure as error:
-        if stop:
-            raise
+    except Diverged as error:
         return {**entry, "valid_bpb": None, "failed": str(error)}
     return {**entry, "valid_bpb": trainer.evaluate().bits_per_byte, "seconds": trainer.seconds}

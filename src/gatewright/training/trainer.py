@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from gatewright.backbones import Cost, count_cost
 from gatewright.data import Corpus
-from gatewright.errors import RunFailure, UserError
+from gatewright.errors import Diverged, UserError
 from gatewright.evaluation import Bits, bits_per_byte, take_bytes
 from gatewright.papers.registry import get_paper
 from gatewright.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from gatewright.training.history import History
 from gatewright.training.optimizer import AveragedWeights, build_adamw, clip_gradients
 from gatewright.training.precision import autocast, set_router_dtype
-from gatewright.training.run import TrainRun
+from gatewright.training.run import TrainRun, require_finite
 from gatewright.training.schedule import in_decay, rate_factor
+
+# AdamW's tensors beside its step counter, each of its parameter's shape.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Trainer:
@@ -105,7 +108,7 @@ class Trainer:
                 self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         if not finite and self.run.on_nonfinite == "stop":
-            raise RunFailure(self._nonfinite_line(loss_value, norm_value, stats))
+            raise Diverged(self._nonfinite_line(loss_value, norm_value, stats))
         self.step += 1
         took = time.perf_counter() - started
         self.seconds += took
@@ -154,7 +157,7 @@ class Trainer:
         )
 
     def _validation_text(self) -> dict[str, np.ndarray]:
-        share = self.run.eval_bytes // len(self.corpus.domains)
+        share = max(1, self.run.eval_bytes // len(self.corpus.domains))
         lengths = self.corpus.tokenizer.byte_lengths
         return {d: take_bytes(self.corpus.valid(d).tokens, lengths, share) for d in self.corpus.domains}
 
@@ -211,21 +214,23 @@ class Trainer:
         return Checkpoint(self.step, tensors, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from `checkpoint`. Raises: UserError if it was trained on other text or has other
-        tensors.
+        """Continue from `checkpoint`. Raises: UserError if it was trained on other text or does not hold
+        exactly what this run needs.
         """
-        if checkpoint.state["corpus"] != self.corpus.fingerprint:
+        own = self.checkpoint()
+        if checkpoint.state.get("corpus") != own.state["corpus"]:
             raise UserError(
                 "the checkpoint was trained on other text or another tokenizer; allowed: the same data; "
-                "give the same --data, "
-                "or another --out"
+                "give the same --data, or another --out"
             )
-        held = checkpoint.tensors["model"]
-        shapes = {name: tuple(p.shape) for p, name in self._names.items()}
-        if shapes != {name: tuple(t.shape) for name, t in held.items()}:
+        lacking = sorted(own.state.keys() - checkpoint.state.keys())
+        if lacking or checkpoint.state["step"] != checkpoint.step:
             raise UserError(
-                "the checkpoint holds another model; allowed: the same settings; give another --out"
+                f"the checkpoint's state {'lacks ' + lacking[0] if lacking else 'is of another step'}; "
+                "allowed: what this version writes; give another --out"
             )
+        self._check_tensors(checkpoint.tensors)
+        held = checkpoint.tensors["model"]
         with torch.no_grad():
             for parameter, name in self._names.items():
                 parameter.copy_(held[name])
@@ -236,6 +241,36 @@ class Trainer:
         restore_optimizer(self.optimizer, self._names, checkpoint.tensors["optimizer"])
         self.step, self.seconds = checkpoint.state["step"], checkpoint.state["seconds"]
         self.history = History.from_dict(checkpoint.state["history"])
+
+    def _check_tensors(self, held: dict[str, dict[str, Tensor]]) -> None:
+        """Raise UserError unless every tensor is there in its shape: AdamW would begin anew without one."""
+        shapes = {name: tuple(p.shape) for p, name in self._names.items()}
+        wanted = {"model": shapes} | ({"average": shapes} if self.average is not None else {})
+        found = {f: {n: tuple(t.shape) for n, t in held.get(f, {}).items()} for f in (*wanted, "optimizer")}
+        # Empty where every step so far was skipped.
+        moments = found.pop("optimizer")
+        if moments or "optimizer" not in held:
+            found["optimizer"] = moments
+            wanted["optimizer"] = {f"{n}/{key}": s for n, s in shapes.items() for key in _MOMENTS} | {
+                f"{n}/step": () for n in shapes
+            }
+        for file, names in wanted.items():
+            if names != found[file]:
+                raise UserError(
+                    f"the checkpoint's {file} holds other tensors than this run's; allowed: the same "
+                    "settings; give another --out"
+                )
+
+
+def check_settings(run: TrainRun) -> None:
+    """Raise UserError for settings that no text can make work; needs no memory and no corpus."""
+    paper = get_paper(run.paper)
+    settings = paper.Settings() if run.model is None else run.model
+    require_finite(settings)
+    resolve_device(run.device)
+    with torch.device("meta"):
+        paper.build(settings)
+    micro_batch_size(run, settings.context)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -260,11 +295,12 @@ def micro_batch_size(run: TrainRun, context: int) -> int:
     """Return the rows of a micro-batch. Raises: UserError unless batch_tokens splits into whole rows and
     micro-batches.
     """
+    if context < 1:
+        raise UserError(f"context {context}; allowed: 1 or more")
     rows, left = divmod(run.batch_tokens, context)
     if left or rows < 1 or rows % run.accumulation:
         raise UserError(
             f"batch_tokens {run.batch_tokens} with context {context} and accumulation {run.accumulation}; "
-            "allowed: a multiple of "
-            f"context x accumulation = {context * run.accumulation}"
+            f"allowed: a multiple of context x accumulation = {context * run.accumulation}"
         )
     return rows // run.accumulation
