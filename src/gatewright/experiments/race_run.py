@@ -24,7 +24,7 @@ class RaceRun(LoopSettings):
     """the first of them"""
     tokens: int = 8_192_000
     """tokens of the dense twin's annealed run (100 %)"""
-    fraction: float = 0.7
+    fraction: float = 0.6
     """share of those tokens on which the sparse model is annealed"""
     against: Against = "active"
     """the twin has equal FLOPs per token (active), or as many total parameters (total)"""
