@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-SYLLABLES = (
-    "ba be bi bo bu da de di do du ka ke ki ko ku la le li lo lu ma me mi mo mu na ne ni no nu".split()
-)
+SYLLABLES = [consonant + vowel for consonant in "bdklmn" for vowel in "aeiou"]
 
 
 def words(count: int, seed: int) -> list[str]:

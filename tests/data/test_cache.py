@@ -1,4 +1,4 @@
-"""A cache is whole or absent: damage is noticed and mended, a full disk or a kill leaves nothing half-built."""
+"""A cache is whole or absent: damage is noticed and mended, a full disk or a kill leaves no half."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, text: Path, limit: int):
     assert done.stdout.startswith("cannot write the corpus cache in ")
     assert "GATEWRIGHT_CACHE" in done.stdout
     assert done.stdout.count("\n") == 1
-    # 60 kB of text fit below 70 kB, its tokens do not: the finished text stays, the half-written tokens do not.
+    # 60 kB of text fit below 70 kB, its tokens do not: the finished text stays, half its tokens do not.
     left = sorted(path.name for path in (tmp_path / "cache").glob("*/*"))
     assert len(left) == (1 if limit == 70_000 else 0)
     assert not [name for name in left if name.startswith(".")]
@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, text: Path, limit: int):
 
 def test_a_cache_that_cannot_be_made(tmp_path: Path, text: Path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunFailure, match="cannot write the corpus cache in .*set GATEWRIGHT_CACHE"):
+    with pytest.raises(RunFailure, match=r"cannot write the corpus cache in .*set GATEWRIGHT_CACHE"):
         open_corpus([text], cache=tmp_path / "file")
 
 

@@ -1,4 +1,4 @@
-"""From paths to a corpus: what is trained on, what is held out, and that the same call gives the same bytes."""
+"""From paths to a corpus: what is trained on, what is held out; the same call gives the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stream is a pure function of one integer: nothing repeats, nothing is skipped, any batch can be asked for."""
+"""The stream is a pure function of one integer: nothing repeats, nothing is skipped, batches stand alone."""
 
 from __future__ import annotations
 

@@ -127,9 +127,10 @@ def clusters(minima: NDArray[np.uint64], threshold: float = THRESHOLD) -> NDArra
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
         edges = np.flatnonzero(np.diff(ordered)) + 1
-        for bucket in np.split(order, edges) if len(order) else []:
-            if len(bucket) > 1:
-                _join_bucket(bucket, minima, threshold, sets)
+        first, end = np.concatenate([[0], edges]), np.concatenate([edges, [len(order)]])
+        shared = end - first > 1
+        for low, high in zip(first[shared].tolist(), end[shared].tolist(), strict=True):
+            _join_bucket(order[low:high], minima, threshold, sets)
     return np.array([sets.find(member) for member in range(len(minima))], dtype=np.int64)
 
 

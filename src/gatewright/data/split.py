@@ -25,8 +25,9 @@ def hold_out(store: TextStore, valid_bytes: int, seed: int) -> NDArray[np.bool_]
     """Return which documents are held out for validation: bool [documents].
 
     Each domain gives valid_bytes / number of domains (at most a tenth of its text), in whole clusters drawn
-    in an order that depends on the documents' content and the seed. A cluster that would overshoot by more
-    than a quarter is passed over. Raises UserError when a domain is too small or a single cluster.
+    in an order that depends on the documents' content and the seed, those first that are at most a quarter
+    of it. A cluster that would overshoot by more than a quarter is passed over where others are left.
+    Raises UserError when a domain is too small or a single cluster.
     """
     wanted = -(-valid_bytes // max(1, len(store.domains)))
     held: set[int] = set()
@@ -55,16 +56,21 @@ def _draw(store: TextStore, members: NDArray[np.int64], held: set[int], target: 
     taken = sum(size for label, size in zip(labels.tolist(), sizes, strict=True) if label in held)
     free = [place for place, label in enumerate(labels.tolist()) if label not in held]
     free.sort(key=lambda place: _rank(store, int(labels[place]), seed))
-    chosen: list[int] = []
-    for place in free:
-        if taken < target and taken + sizes[place] <= target * 1.25:
-            chosen.append(place)
-            taken += sizes[place]
-    # Where only large clusters are left, the smallest ones overshoot the least.
-    for place in sorted(set(free) - set(chosen), key=lambda place: (sizes[place], free.index(place))):
-        if taken < target and taken + sizes[place] <= total // 2:
-            chosen.append(place)
-            taken += sizes[place]
+    by_size = sorted(free, key=lambda place: sizes[place])
+    chosen: set[int] = set()
+    # Order, largest cluster, sum not to pass. First clusters of at most a quarter of what is wanted, so that
+    # several texts are held out and not one long one; where only large ones are left, the smallest of them.
+    for order, largest, limit in (
+        (free, target / 4, target * 1.25),
+        (free, target * 1.25, target * 1.25),
+        (by_size, total, total // 2),
+    ):
+        for place in order:
+            if taken >= target:
+                break
+            if sizes[place] <= largest and taken + sizes[place] <= limit and place not in chosen:
+                chosen.add(place)
+                taken += sizes[place]
     return {int(labels[place]) for place in chosen}
 
 
