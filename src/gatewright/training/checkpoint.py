@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gatewright.errors import RunFailure
+from gatewright.errors import RunFailure, UserError
 
 _SCHEMA = "gatewright.checkpoint.v1"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -194,6 +194,33 @@ def clear_leftovers(folder: Path) -> None:
             os.rename(aside, final)
     for leftover in folder.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_tensors(held: Mapping[str, Mapping[str, Tensor]], shapes: Shapes, *, averaged: bool) -> None:
+    """Raise UserError unless weights, averages and AdamW's state are whole and fit parameters of `shapes`.
+
+    A parameter that never got a gradient has no optimizer state; one with part of it would begin anew.
+    """
+    for file in ("model", "average") if averaged else ("model",):
+        if {n: tuple(t.shape) for n, t in held.get(file, {}).items()} != shapes:
+            raise UserError(_other_tensors(file))
+    moments = {name: tuple(t.shape) for name, t in held.get("optimizer", {}).items()}
+    begun = {name.rpartition("/")[0] for name in moments}
+    whole: dict[str, tuple[int, ...]] = {}
+    for name in begun & shapes.keys():
+        whole |= {f"{name}/exp_avg": shapes[name], f"{name}/exp_avg_sq": shapes[name], f"{name}/step": ()}
+    if "optimizer" not in held or moments != whole:
+        raise UserError(_other_tensors("optimizer"))
+
+
+def _other_tensors(file: str) -> str:
+    return (
+        f"the checkpoint's {file} holds other tensors than this run's; allowed: the same settings; give "
+        "another --out"
+    )
 
 
 def optimizer_tensors(optimizer: Any, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from gatewright.training.result import data_record, side_record
 from gatewright.training.run import LoopSettings, TrainRun
 from gatewright.training.runlog import Progress, RunLog, load_line
 from gatewright.training.settings_file import check_same_settings, write_settings
-from gatewright.training.trainer import Trainer
+from gatewright.training.trainer import Trainer, check_settings
 from gatewright.training.workplace import command_line, environment, now, own_folder
 
 
@@ -68,7 +68,9 @@ def prepare(run: LoopSettings, say: Any = None) -> Corpus:
 
 
 def refuse_used(out: Path, resume: bool, result: str) -> None:
-    """Raise UserError if `out` holds a run that this one would overwrite."""
+    """Raise UserError if `out` is a file, or holds a run that this one would overwrite."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; allowed: a folder, new or of an earlier run; give another --out")
     if not resume and (
         (out / "checkpoints").exists() or (out / result).exists() or (out / "run.toml").exists()
     ):
@@ -84,6 +86,7 @@ def train(run: TrainRun) -> TrainResult:
     """
     out = Path(run.out)
     refuse_used(out, run.resume, "train.json")
+    check_settings(run)
     with Progress(run.paper) as progress:
         corpus = prepare(run, progress.say)
         trainer = Trainer(run, corpus, run.paper)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from gatewright.errors import UserError, did_you_mean
@@ -76,15 +77,32 @@ class LoopSettings:
         if self.schedule not in SCHEDULES:
             near = did_you_mean(self.schedule, SCHEDULES)
             raise UserError(f"schedule {self.schedule!r} is unknown{near}; allowed: {', '.join(SCHEDULES)}")
+        require_finite(self)
         _require_at_least(self, 1, "batch_tokens", "accumulation", "evaluations", "eval_bytes")
         _require_at_least(self, 1, "checkpoint_every", "keep_checkpoints", "log_every")
-        _require_at_least(self, 0, "warmup_steps", "weight_decay", "clip", "threads")
+        _require_at_least(self, 0, "warmup_steps", "weight_decay", "clip", "threads", "adam_eps")
+        require_seed(self, "data_seed")
         for name in ("decay_share", "final_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)}; allowed: 0 to 1; it is a share")
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}; allowed: 0 up to, not including, 1")
+
+
+def require_finite(settings: Any) -> None:
+    """Raise UserError naming the first number of a settings dataclass that is NaN or infinite."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{field.name} {value}; allowed: finite numbers; give one")
+
+
+def require_seed(settings: Any, name: str) -> None:
+    """Raise UserError unless the seed is one that every generator takes."""
+    if not 0 <= getattr(settings, name) < 2**63:
+        raise UserError(f"{name} {getattr(settings, name)}; allowed: 0 to 2**63 - 1")
 
 
 def _require_at_least(run: Any, least: int, *names: str) -> None:
@@ -117,6 +135,7 @@ class TrainRun(LoopSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_at_least(self, 1, "tokens")
+        require_seed(self, "seed")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate {self.learning_rate}; allowed: above 0")
         if not 0 < self.data_fraction <= 1:

@@ -17,15 +17,12 @@ from gatewright.data import Corpus
 from gatewright.errors import Diverged, UserError
 from gatewright.evaluation import Bits, bits_per_byte, take_bytes
 from gatewright.papers.registry import get_paper
-from gatewright.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from gatewright.training.checkpoint import Checkpoint, check_tensors, optimizer_tensors, restore_optimizer
 from gatewright.training.history import History
 from gatewright.training.optimizer import AveragedWeights, build_adamw, clip_gradients
 from gatewright.training.precision import autocast, set_router_dtype
 from gatewright.training.run import TrainRun, require_finite
 from gatewright.training.schedule import in_decay, rate_factor
-
-# AdamW's tensors beside its step counter, each of its parameter's shape.
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Trainer:
@@ -229,7 +226,8 @@ class Trainer:
                 f"the checkpoint's state {'lacks ' + lacking[0] if lacking else 'is of another step'}; "
                 "allowed: what this version writes; give another --out"
             )
-        self._check_tensors(checkpoint.tensors)
+        shapes = {name: tuple(p.shape) for p, name in self._names.items()}
+        check_tensors(checkpoint.tensors, shapes, averaged=self.average is not None)
         held = checkpoint.tensors["model"]
         with torch.no_grad():
             for parameter, name in self._names.items():
@@ -241,25 +239,6 @@ class Trainer:
         restore_optimizer(self.optimizer, self._names, checkpoint.tensors["optimizer"])
         self.step, self.seconds = checkpoint.state["step"], checkpoint.state["seconds"]
         self.history = History.from_dict(checkpoint.state["history"])
-
-    def _check_tensors(self, held: dict[str, dict[str, Tensor]]) -> None:
-        """Raise UserError unless every tensor is there in its shape: AdamW would begin anew without one."""
-        shapes = {name: tuple(p.shape) for p, name in self._names.items()}
-        wanted = {"model": shapes} | ({"average": shapes} if self.average is not None else {})
-        found = {f: {n: tuple(t.shape) for n, t in held.get(f, {}).items()} for f in (*wanted, "optimizer")}
-        # Empty where every step so far was skipped.
-        moments = found.pop("optimizer")
-        if moments or "optimizer" not in held:
-            found["optimizer"] = moments
-            wanted["optimizer"] = {f"{n}/{key}": s for n, s in shapes.items() for key in _MOMENTS} | {
-                f"{n}/step": () for n in shapes
-            }
-        for file, names in wanted.items():
-            if names != found[file]:
-                raise UserError(
-                    f"the checkpoint's {file} holds other tensors than this run's; allowed: the same "
-                    "settings; give another --out"
-                )
 
 
 def check_settings(run: TrainRun) -> None:
