@@ -181,9 +181,9 @@ def full_race(**options: Any) -> dict[str, Any]:
     return result
 
 
-def training() -> dict[str, Any]:
+def training(**options: Any) -> dict[str, Any]:
     """Return a made-up training run of one sparse side."""
-    result = race(seeds=1)
+    result = race(seeds=1, **options)
     for key in ("comparisons", "verdict", "scaling", "small_data", "triangle"):
         del result[key]
     result |= {"schema": "gatewright.train.v1", "title": "A made-up run", "command": "gatewright train olmoe"}

@@ -34,6 +34,8 @@ TIE = "\N{NO-BREAK SPACE}"
         (words.percent(0.0156), "1.6_%"),
         (words.percent(0.0004), "0.04_%"),
         (words.times(None), "not reached"),
+        (words.moment("2000-01-02T03:04:05+00:00"), "2000-01-02 03:04 UTC"),
+        (words.moment("then"), "then"),
     ],
 )
 def test_numbers_read_as_people_write_them(shown: str, expected: str) -> None:

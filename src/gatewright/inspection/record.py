@@ -142,6 +142,11 @@ class Record:
     def label(self, name: str) -> str:
         return text(self.first(name), "label") or name
 
+    def short(self, name: str) -> str:
+        """Return what a legend has room for: the label, or where that is long the name."""
+        label = self.label(name)
+        return label if len(label) <= 26 else name
+
     @property
     def domains(self) -> list[str]:
         """Names of the domains: those of the data first, then any other that a side reports."""

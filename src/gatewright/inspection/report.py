@@ -15,7 +15,7 @@ from .record import Record, text
 from .sections import build
 from .tokens import count_experts, palette_style, read_views
 from .verdict import race_headline, train_headline
-from .words import NONE, escape, plural
+from .words import NONE, escape, moment, plural
 
 
 def _asset(name: str) -> str:
@@ -49,7 +49,7 @@ def render_page(result: Mapping[str, Any]) -> tuple[str, list[Image]]:
     page = build(record)
     headline = race_headline(record) if record.is_race else train_headline(record)
     data = text(result, "data", "name")
-    about = [text(result, "created"), plural(len(record.seeds), "seed"), f"data: {data or NONE}"]
+    about = [moment(text(result, "created")), plural(len(record.seeds), "seed"), f"data: {data or NONE}"]
     html = Template(_asset("report.html")).substitute(
         title=escape(record.title),
         kind="Sparse against dense" if record.is_race else "Training run",

@@ -107,6 +107,12 @@ def curves(page: Page) -> None:
         number(point, "valid_bpb_ema") is not None for run in record.runs for point in rows(run.side, "curve")
     ):
         body += paragraph("Dotted lines: the same model with averaged weights.", "note")
+    if any(text(point, "weights") == "averaged" for run in record.runs for point in rows(run.side, "curve")):
+        body += paragraph(
+            "Before the learning rate decays, the averaged weights are evaluated, so that points of a "
+            "constant rate compare; from then on the live ones.",
+            "note",
+        )
     body += paragraph(
         "Lower is better. One line per seed, the first thicker. Early points above the frame are cut.",
         "note",

@@ -8,7 +8,7 @@ from typing import Any
 from .markup import Html, html_table, mark, missing, with_note
 from .plots.bars import domain_gaps
 from .record import Record, lookup, mean, number, rows, spread, table, text
-from .words import NONE, bits, escape, flops, percent, plural, rate, scaled, seconds, signed
+from .words import NONE, bits, escape, flops, moment, percent, plural, rate, scaled, seconds, signed
 
 
 def strong(words: str) -> Html:
@@ -128,12 +128,11 @@ def settings_table(record: Record) -> str:
 def facts_table(record: Record) -> str:
     """Return the environment and the data of the run."""
     data, environment = table(record.result, "data"), table(record.result, "environment")
-    byte_counts = {"train_bytes", "valid_bytes"}
-    lines: list[list[object]] = [["created", text(record.result, "created") or NONE]]
+    lines: list[list[object]] = [["created", moment(text(record.result, "created")) or NONE]]
     lines += [[key, NONE if value is None else str(value)] for key, value in environment.items()]
     for key, value in data.items():
-        count = number(data, key) if key in byte_counts else None
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        count = number(data, key) if key.endswith("_bytes") else None
+        shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
         lines.append(
             [f"data: {key.replace('_', ' ')}", shown if count is None else f"{count:,.0f} ({scaled(count)}B)"]
         )

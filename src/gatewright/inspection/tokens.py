@@ -59,9 +59,12 @@ def count_experts(side: Mapping[str, Any], views: list[View]) -> int:
     return max([*known, max(seen, default=0) + 1, int(number(side, "settings", "num_experts") or 0)])
 
 
-def _piece(piece: str) -> str:
-    """Return what a token shows: a line break keeps its sign and breaks the line."""
-    return escape(piece.replace("\r", "␍").replace("\t", "→   ").replace("\n", "⏎\n"))
+def _piece(piece: str) -> tuple[str, str]:
+    """Return what a token shows and the line breaks that follow it: a break keeps its sign in the token."""
+    body = piece.rstrip("\n")
+    breaks = len(piece) - len(body)
+    shown = body.replace("\r", "␍").replace("\t", "→   ").replace("\n", "⏎\n") + "⏎" * breaks
+    return escape(shown), "\n" * breaks
 
 
 def _describe(experts: list[int], weights: list[float]) -> str:
@@ -78,7 +81,8 @@ def _spans(view: View, router: str) -> str:
         number_shown = str(first) if first >= 0 else "–"
         title = escape(_describe(experts[index], weights[index]))
         data = f'data-i="{index}" data-e="{number_shown}"'
-        spans.append(f'<span class="{style}" {data} title="{title}">{_piece(piece)}</span>')
+        shown, breaks = _piece(piece)
+        spans.append(f'<span class="{style}" {data} title="{title}">{shown}</span>{breaks}')
     return "".join(spans)
 
 

@@ -156,7 +156,8 @@ def _seeds_table(record: Record, items: list[Any]) -> str:
         lines.append([f"Speed-up by {word}", *(times(number(item, "speedup", key)) for item in items)])
     lines.append(["Step time, sparse / dense", *(_step_time(item) for item in items)])
     equal = {"active": "equal FLOPs per token", "total": "equal total parameters"}.get(against, against)
-    caption = f"{record.label(sparse)} against {record.label(dense)}" + (f", {equal}" if equal else "")
+    caption = f"{record.label(sparse)} against {record.label(dense)}"
+    caption += f", {equal}" if equal and equal not in caption else ""
     return html_table(["", *(f"seed {text(item, 'seed')}" for item in items)], lines, caption=caption)
 
 
@@ -170,6 +171,16 @@ def comparisons(record: Record) -> str:
     return tables[0] + rest
 
 
+def unfinished(record: Record) -> str:
+    """Return which sides ended before their token budget, or an empty text."""
+    short = []
+    for run in record.runs:
+        done, budget = number(run.side, "final", "tokens"), number(run.side, "token_budget")
+        if done is not None and budget is not None and done < 0.99 * budget:
+            short.append(f"{run.name}, seed {run.seed}: {scaled(done)} of {scaled(budget)} tokens")
+    return f"Stopped before the end, so this is no verdict yet: {'; '.join(short)}." if short else ""
+
+
 def race_headline(record: Record) -> str:
     """Return the verdict card and its tiles."""
     verdict = Verdict.of(record)
@@ -178,7 +189,9 @@ def race_headline(record: Record) -> str:
     own = verdict.sentence()
     lead = paragraph(escape(recorded or own), "lead")
     more = paragraph(escape(own)) if recorded and recorded != own else ""
-    warn = paragraph(escape(verdict.contradiction), "warning") if verdict.contradiction else ""
+    warn = "".join(
+        paragraph(escape(words), "warning") for words in (verdict.contradiction, unfinished(record)) if words
+    )
     card = f'<div class="verdict {style}"><h2>{mark(verdict.held)}</h2>{lead}{more}{warn}</div>'
     return f'<section id="verdict">{card}{_tiles(record, verdict)}</section>'
 
@@ -204,5 +217,7 @@ def train_headline(record: Record) -> str:
     ]
     stopped = rows(side, "curve")
     note = "" if stopped else paragraph("No evaluation is recorded.", "warning")
+    if short := unfinished(record).replace("this is no verdict yet", "this is no final result"):
+        note += paragraph(escape(short), "warning")
     card = f'<div class="verdict open"><h2>Result</h2><p class="lead">{cell(words)}</p>{note}</div>'
     return f'<section id="verdict">{card}<ul class="tiles">{"".join(tiles)}</ul></section>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from datetime import datetime
 from typing import Any
 
 NONE = "not recorded"
@@ -87,6 +88,15 @@ def times(value: float | None, none: str = "not reached") -> str:
 def rate(value: float | None) -> str:
     """Return a learning rate in short form."""
     return NONE if value is None else f"{value:.3g}"
+
+
+def moment(stamp: str) -> str:
+    """Return an ISO 8601 time in short form, "2000-01-01 00:00 UTC"; any other text as it is."""
+    try:
+        when = datetime.fromisoformat(stamp)
+    except ValueError:
+        return stamp
+    return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".strip()
 
 
 def plural(count: int, word: str) -> str:

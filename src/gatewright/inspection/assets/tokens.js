@@ -14,7 +14,10 @@ for (const root of document.querySelectorAll(".tokens")) {
   };
   const routed = () => views[state.view].routers[state.router];
   const chosen = (index) => routed().e[index][state.rank] ?? -1;
-  const show = (piece) => piece.replace(/\r/g, "␍").replace(/\t/g, "→   ").replace(/\n/g, "⏎\n");
+  // A break shows its sign in the token; the break itself follows the token, so that its box stays on one line.
+  const breaks = (piece) => piece.match(/\n*$/)[0];
+  const show = (piece) => piece.slice(0, piece.length - breaks(piece).length).replace(/\r/g, "␍")
+    .replace(/\t/g, "→   ").replace(/\n/g, "⏎\n") + "⏎".repeat(breaks(piece).length);
 
   const choice = (title, names, change) => {
     const label = make("label", title, controls);
@@ -44,7 +47,7 @@ for (const root of document.querySelectorAll(".tokens")) {
     span.classList.add("on");
     detail.replaceChildren();
     const piece = views[state.view].pieces[state.at];
-    make("strong", `Token ${state.at + 1} ${piece === " " ? "space" : `“${show(piece).trimEnd()}”`} `, detail);
+    make("strong", `Token ${state.at + 1} ${piece === " " ? "space" : `“${show(piece)}”`} `, detail);
     const { e, w } = routed();
     e[state.at].forEach((expert, rank) => {
       const words = expert < 0 ? "dropped" : `expert ${expert} · weight ${(w[state.at][rank] ?? 0).toFixed(3)}`;
@@ -98,6 +101,7 @@ for (const root of document.querySelectorAll(".tokens")) {
       const expert = chosen(index);
       span.dataset.i = String(index);
       span.dataset.e = expert >= 0 ? String(expert) : "–";
+      fragment.append(breaks(piece));
     });
     area.replaceChildren(fragment);
     const used = new Set(pieces.map((_, index) => chosen(index)).filter((expert) => expert >= 0));

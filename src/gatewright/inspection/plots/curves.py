@@ -37,7 +37,7 @@ def _limits(curves: list[list[tuple[float, float]]], extra: list[float]) -> tupl
     late = [y for curve in curves for x, y in curve if curve[-1][0] > 0 and x >= 0.12 * curve[-1][0]]
     low, high = min(finals + extra + late), max(finals + extra + late)
     room = max(high - low, 0.02)
-    return low - 0.16 * room, high + 0.06 * room
+    return low - 0.24 * room, high + 0.06 * room
 
 
 def _mark_speedup(axes: Axes, record: Record, key: str, speedup_key: str, theme: Theme) -> None:
@@ -54,7 +54,6 @@ def _mark_speedup(axes: Axes, record: Record, key: str, speedup_key: str, theme:
     axes.axhline(level, color=colour, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1.5)
     ratios = [number(item, "speedup", speedup_key) for item in pairs]
     ratio = mean(ratios)
-    box = {"boxstyle": "round,pad=0.2", "facecolor": theme.paper, "edgecolor": "none", "alpha": 0.85}
     if ratio is None or end is None or ratio <= 0:
         axes.text(
             0.02, level, "never reached by the sparse side", transform=axes.get_yaxis_transform(),
@@ -70,8 +69,8 @@ def _mark_speedup(axes: Axes, record: Record, key: str, speedup_key: str, theme:
     missed = sum(value is None for value in ratios)
     word = times(ratio) + ("" if ratio >= 1 else " (slower)") + (f", {missed} never" if missed else "")
     axes.annotate(
-        word, xy=((start + end) / 2, level), xytext=(0, -5), textcoords="offset points", zorder=6,
-        ha="center", va="top", fontsize=10, fontweight="bold", color=theme.ink, bbox=box,
+        word, xy=((start + end) / 2, level), xytext=(0, -11), textcoords="offset points", zorder=6,
+        ha="center", va="top", fontsize=10, fontweight="bold", color=theme.ink,
     )  # fmt: skip
 
 
@@ -89,7 +88,7 @@ def _draw_curve(record: Record, axis: tuple[str, str, str], theme: Theme) -> Fig
             if averaged:
                 axes.plot(*zip(*averaged, strict=True), color=paint[name], linewidth=1.1, linestyle=":")
             if curve:
-                first = shorten(record.label(name), 30) if index == 0 else None
+                first = shorten(record.short(name), 26) if index == 0 else None
                 thin = 1.9 if index == 0 else 1.0
                 axes.plot(*zip(*curve, strict=True), color=paint[name], linewidth=thin, label=first)
                 axes.plot(*curve[-1], color=paint[name], marker=marker, markersize=4.5)
@@ -163,7 +162,7 @@ def _draw_losses(record: Record, theme: Theme) -> Figure:
                 continue
             smooth = _smooth([y for _, y in known], max(1, len(known) // 40))
             tail += smooth[len(smooth) // 12 :]
-            first = shorten(record.label(name), 30) if index == 0 else None
+            first = shorten(record.short(name), 26) if index == 0 else None
             axes.plot([x for x, _ in known], smooth, color=paint[name], linewidth=1.2, label=first)
     room = max(max(tail) - min(tail), 0.02)
     axes.set_ylim(min(tail) - 0.05 * room, max(tail) + 0.06 * room)

@@ -145,7 +145,8 @@ def _draw_triangle(record: Record, theme: Theme) -> Figure:
     middle = (min(x for x, _ in places) + max(x for x, _ in places)) / 2
     for point, size, place in zip(known, sizes, places, strict=True):
         name = text(point, "name")
-        kind = record.is_sparse(name) if name in record.names else "dense" not in name
+        known_kind = text(point, "kind") or ("dense" if "dense" in name else "sparse")
+        kind = record.is_sparse(name) if name in record.names else known_kind == "sparse"
         area = max(60.0, 1500 * size / (max(sizes) or 1.0))
         colour = theme.sparse[0] if kind else theme.dense[0]
         axes.scatter(*place, s=area, color=colour, alpha=0.55, edgecolor=theme.ink)

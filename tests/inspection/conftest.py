@@ -1,0 +1,21 @@
+"""Fixtures that spare the drawing where a test is about something else."""
+
+from __future__ import annotations
+
+import pytest
+
+from gatewright.inspection.plots import bars, curves, heat, summary, theme
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the drawing where a test is about words."""
+    stub = theme.Image("x", "alt", "caption", b"\x89PNG" + bytes(30), b"\x89PNG" + bytes(30))
+    for module in (bars, curves, heat, summary):
+        monkeypatch.setattr(module, "render", lambda *_, **__: stub)
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw small pictures where a test is about what is drawn, not how it looks."""
+    monkeypatch.setattr(theme, "DOTS", 40)
