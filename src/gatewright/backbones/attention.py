@@ -23,6 +23,8 @@ class RotaryPositions(nn.Module):
             raise UserError(
                 f"head_dim {head_dim}; allowed: even numbers; rotary positions turn pairs of coordinates"
             )
+        if head_dim < 2 or not theta > 0:
+            raise UserError(f"head_dim {head_dim}, rope_theta {theta}; allowed: 2 or more, and above 0")
         self.head_dim, self.theta = head_dim, theta
 
     def angles(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gatewright.backbones.norm import RMSNorm
+from gatewright.errors import UserError
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -29,6 +30,8 @@ def fan_in(
 
     Embeddings take `embedding_std`; routers take `router_std` where given.
     """
+    if not scale > 0:
+        raise UserError(f"init_scale {scale}; allowed: above 0; it is a share of the usual variance")
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, weight in _matrices(model):
         if id(weight) in embeddings:

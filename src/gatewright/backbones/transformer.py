@@ -91,8 +91,8 @@ class Decoder(nn.Module):
                 f"width {width} with num_heads {num_heads}; allowed: heads that divide the width; or give "
                 "head_dim"
             )
-        self.head_dim = head_dim or width // num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = width // num_heads if head_dim is None else head_dim
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.vocab_size, self.width, self.context = vocab_size, width, context
         self.embedding = nn.Embedding(vocab_size, width)
         self.rotary = RotaryPositions(self.head_dim, rope_theta)

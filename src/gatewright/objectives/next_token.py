@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatewright.errors import UserError
 from gatewright.parts.balancing import balance_loss, z_loss
 from gatewright.parts.stats import Stats
 
@@ -44,6 +45,12 @@ class NextToken:
 
     balance_weight: float = 0.0
     z_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.balance_weight >= 0 and self.z_weight >= 0):
+            raise UserError(
+                f"balance_weight {self.balance_weight}, z_weight {self.z_weight}; allowed: 0 or more"
+            )
 
     def __call__(self, output: ModelOutput, targets: Tensor) -> Loss:
         """Return the Loss; `targets` [B, S] int64 is the token that follows each; cross-entropy is taken

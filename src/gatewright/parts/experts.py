@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatewright.errors import UserError
 from gatewright.kernels import DispatchPlan, ExpertWeights, activate, check_activation, expert_mlp, is_gated
 
 
@@ -25,6 +26,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, ffn_width: int, activation: str = "swiglu") -> None:
         super().__init__()
+        if min(width, ffn_width) < 1:
+            raise UserError(f"width {width}, ffn_width {ffn_width}; allowed: 1 or more of each")
         self.activation = check_activation(activation)
         self.w_in = nn.Parameter(torch.empty(ffn_width * (2 if is_gated(activation) else 1), width))
         self.w_down = nn.Parameter(torch.empty(width, ffn_width))

@@ -249,6 +249,7 @@ def check_settings(run: TrainRun) -> None:
     resolve_device(run.device)
     with torch.device("meta"):
         paper.build(settings)
+    paper.objective(settings)
     micro_batch_size(run, settings.context)
 
 
@@ -258,7 +259,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device {name!r}; allowed: cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise UserError(f"device {name!r}; allowed: cpu, cuda or cuda:N")
     if device.type == "cuda" and (
         not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
