@@ -47,7 +47,7 @@ def own_cache(home: Path, monkeypatch):
 
 
 def prepare(patch: pytest.MonkeyPatch) -> None:
-    """Leave out what has tests of its own: the report, which takes seconds, and the process-wide allocator."""
+    """Leave out what has tests of its own: the report, which takes seconds, and the allocator."""
     patch.setattr("gatewright.training.allocator.keep_big_blocks", lambda: True)
     patch.setattr("gatewright.training.loop.write_report", lambda record, out: out / "report.html")
 
