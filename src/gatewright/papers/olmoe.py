@@ -56,7 +56,7 @@ class Settings:
 
 
 PUBLISHED: dict[str, Settings] = {
-    # Table 10; the dense twin of section 4.1 has a feed-forward width of 8192.
+    # Table 10; section 4's dense twin has a feed-forward width of 8192.
     "olmoe-1b-7b": Settings(50304, 2048, 16, 16, 128, 64, 8, 1024, "all", 8192, 4096),
 }
 
