@@ -83,13 +83,16 @@ def _compare(seed: int, sparse: Record, dense: Record) -> Record:
     }
 
 
-def verdict(comparisons: list[Record]) -> Record:
-    """Return the sentence over all seeds of the headline pair: the first sparse side against the first dense
-    twin.
+def verdict(comparisons: list[Record], seeds_asked: int) -> Record:
+    """Return the sentence over all finished seeds of the headline pair: the first sparse side against the
+    first dense twin. Without a finished seed `held` is None.
 
     Held: the mean gap is above the spread of the gaps (max - min over seeds); with one seed, the gap is not
     negative.
     """
+    if not comparisons:
+        sentence = "No verdict: the race was stopped before its first seed ended; --resume continues it."
+        return {"sentence": sentence, "held": None, "gap_mean": None, "gap_spread": None, "seeds": 0}
     first = comparisons[0]
     pair = [c for c in comparisons if (c["sparse"], c["dense"]) == (first["sparse"], first["dense"])]
     gaps = [c["gap_bpb"] for c in pair]
@@ -108,6 +111,8 @@ def verdict(comparisons: list[Record]) -> Record:
         f"tokens, ends {how} its dense "
         f"twin annealed on 100 %{spread_words}, in {100 * seconds:.0f} % of its training seconds; {seeds}."
     )
+    if len(gaps) < seeds_asked:
+        sentence += f" Stopped: {len(gaps)} of {seeds_asked} seeds have ended."
     return {"sentence": sentence, "held": held, "gap_mean": mean, "gap_spread": spread, "seeds": len(gaps)}
 
 

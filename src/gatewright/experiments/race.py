@@ -20,7 +20,7 @@ from gatewright.training.loop import evaluation_is_due, prepare, refuse_used, re
 from gatewright.training.result import data_record, side_record
 from gatewright.training.runlog import Progress, RunLog
 from gatewright.training.settings_file import check_same_settings, write_settings
-from gatewright.training.trainer import Trainer
+from gatewright.training.trainer import Trainer, check_settings, check_text
 from gatewright.training.workplace import command_line, environment, now, own_folder
 
 
@@ -93,7 +93,7 @@ class Lane:
             f"{curve[-1]['valid_bpb']:.3f} bits/byte"
             if curve
             else f"loss {log[-1]['loss']:.2f}"
-            if log
+            if log and log[-1]["loss"] is not None
             else "..."
         )
         rate = self.trainer.tokens / max(self.trainer.seconds, 1e-9)
@@ -110,10 +110,14 @@ def race(run: RaceRun) -> RaceResult:
     """
     out = Path(run.out)
     refuse_used(out, run.resume, "race.json")
+    seeds = range(run.first_seed, run.first_seed + run.seeds)
+    plans = {seed: race_sides(run, seed) for seed in seeds}
+    for side in plans[run.first_seed]:
+        check_settings(side.run)
     with Progress("race") as progress:
         corpus = prepare(run, progress.say)
-        seeds = range(run.first_seed, run.first_seed + run.seeds)
-        plans = {seed: race_sides(run, seed) for seed in seeds}
+        for side in plans[run.first_seed]:
+            check_text(side.run, corpus)
         records, stopped = [], False
         with own_folder(out), stop_on_signals() as stop:
             _keep_settings(run, out, plans[run.first_seed][-1])
@@ -125,7 +129,7 @@ def race(run: RaceRun) -> RaceResult:
                 if stopped:
                     break
             trainer = lanes[0].trainer
-            record = race_record(run, records, data_record(corpus, trainer))
+            record = race_record(run, records, data_record(corpus, trainer), stopped)
             write_result(out / "race.json", record)
             write_report(record, out)
     return RaceResult(out, record, stopped)
@@ -186,9 +190,15 @@ def _seed_record(seed: int, lanes: list[Lane]) -> dict[str, Any]:
     return {"seed": seed, "sides": sides}
 
 
-def race_record(run: RaceRun, seeds: list[dict[str, Any]], data: dict[str, Any]) -> dict[str, Any]:
-    """Return what race.json holds: the sides of every seed, their comparisons and the verdict."""
-    comparisons = [c for one in seeds for c in compare_sides(one)]
+def race_record(
+    run: RaceRun, seeds: list[dict[str, Any]], data: dict[str, Any], stopped: bool = False
+) -> dict[str, Any]:
+    """Return what race.json holds: the sides of every seed, and what they show.
+
+    Only seeds that ran to their end are compared: of a race that was `stopped`, all but the last.
+    """
+    ended = seeds[:-1] if stopped else seeds
+    comparisons = [c for one in ended for c in compare_sides(one)]
     return {
         "schema": "gatewright.race.v1",
         "title": f"{run.paper}: sparse against dense",
@@ -198,8 +208,8 @@ def race_record(run: RaceRun, seeds: list[dict[str, Any]], data: dict[str, Any])
         "data": data,
         "runs": seeds,
         "comparisons": comparisons,
-        "verdict": verdict(comparisons),
-        "scaling": scaling_curve(seeds) if run.experts else None,
-        "small_data": small_data_curve(seeds) if run.data_fraction else None,
-        "triangle": triangle(seeds) if run.triangle else None,
+        "verdict": verdict(comparisons, run.seeds),
+        "scaling": scaling_curve(ended) if run.experts and ended else None,
+        "small_data": small_data_curve(ended) if run.data_fraction and ended else None,
+        "triangle": triangle(ended) if run.triangle and ended else None,
     }

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gatewright.backbones import per_layer
 from gatewright.errors import UserError
-from gatewright.experiments.twin import Against, dense_twin
+from gatewright.experiments.twin import Against, dense_twin, selected_per_token
 from gatewright.papers.registry import get_paper
 from gatewright.training import LoopSettings, TrainRun
 
@@ -62,8 +63,17 @@ class RaceRun(LoopSettings):
             )
         if any(n < 1 for n in self.experts):
             raise UserError(f"experts {self.experts}; allowed: numbers of 1 or more, as 2,4,8")
-        if self.experts and self.data_fraction:
-            raise UserError("--experts and --data-fraction together; allowed: one of them; run two races")
+        asked = {
+            "--triangle": self.triangle,
+            "--experts": self.experts,
+            "--data-fraction": self.data_fraction,
+        }
+        if sum(map(bool, asked.values())) > 1:
+            both = " and ".join(name for name, given in asked.items() if given)
+            raise UserError(f"{both} together; allowed: one of them; run two races")
+        for name in ("experts", "data_fraction"):
+            if len({f"{v:g}" for v in getattr(self, name)}) < len(getattr(self, name)):
+                raise UserError(f"{name} {getattr(self, name)}; allowed: each value once")
 
 
 @dataclass(frozen=True)
@@ -79,40 +89,59 @@ class Side:
 
 
 def race_sides(race: RaceRun, seed: int) -> list[Side]:
-    """Return the sides of one seed, the dense twins first. All sides of a race see the same token stream."""
+    """Return the sides of one seed, the dense twins first. All sides of a race see the same token stream.
+
+    Of several numbers of experts the twin equals the largest: no sparse side then has more of what they are
+    matched in.
+    """
     settings = race.model if race.model is not None else get_paper(race.paper).Settings()
+    matched = with_experts(settings, max(race.experts)) if race.experts else settings
     sides = []
     twins: tuple[Against, ...] = ("active", "total") if race.triangle else (race.against,)
     for share in race.data_fraction or (1.0,):
         suffix = f"-data{share:g}" if race.data_fraction else ""
         of_data = f" on {100 * share:g} % of the documents" if race.data_fraction else ""
         for against in twins:
-            twin = dense_twin(race.paper, settings, against)
+            twin = dense_twin(race.paper, matched, against)
             name = f"dense-{against}" if len(twins) > 1 else "dense"
             equal = "FLOPs per token" if against == "active" else "total parameters"
-            label = f"dense twin of equal {equal}{of_data}"
+            of_what = f" to {max(race.experts)} experts" if len(race.experts) > 1 else ""
+            label = f"dense twin of equal {equal}{of_what}{of_data}"
             sides.append(_side(race, seed, name + suffix, "dense", label, against, twin, share))
         for number in race.experts or (None,):
             own = settings if number is None else with_experts(settings, number)
             name = "sparse" if number is None else f"sparse-{number}"
-            chosen = f"{_listed(own.num_experts)} experts, {_listed(own.num_selected)} per token"
+            chosen = f"{_listed(own.num_experts)} experts, {_listed(selected_per_token(own))} per token"
             label = f"{race.paper}, {chosen}{of_data}"
             sides.append(_side(race, seed, name + suffix, "sparse", label, None, own, share))
     return sides
 
 
 def with_experts(settings: Any, num_experts: int) -> Any:
-    """Return the settings with E changed and everything that a token meets as it was.
+    """Return the settings with E changed and the compute per token as it was (but for the router's).
 
-    Raises: UserError if fewer experts than num_selected are asked for.
+    With fewer experts than num_selected, every token takes all of them, and each is wider by as much.
+    Raises: UserError if that width is no whole number.
     """
-    selected = settings.num_selected if isinstance(settings.num_selected, tuple) else (settings.num_selected,)
-    if num_experts < max(selected):
+    n = settings.num_layers
+    selected = per_layer("num_selected", settings.num_selected, n)
+    active = [
+        k * f for k, f in zip(selected, per_layer("expert_width", settings.expert_width, n), strict=True)
+    ]
+    taken = [min(k, num_experts) for k in selected]
+    if any(a % k for a, k in zip(active, taken, strict=True)):
         raise UserError(
-            f"experts {num_experts} with num_selected {max(selected)}; allowed: {max(selected)} or more; "
-            "lower --num-selected"
+            f"experts {num_experts} with an active width of {max(active)}; allowed: numbers of experts that "
+            f"divide it, or num_selected {max(selected)} and more"
         )
-    return dataclasses.replace(settings, num_experts=num_experts)
+    width = tuple(a // k for a, k in zip(active, taken, strict=True))
+    return dataclasses.replace(
+        settings, num_experts=num_experts, num_selected=_one(tuple(taken)), expert_width=_one(width)
+    )
+
+
+def _one(values: tuple[int, ...]) -> int | tuple[int, ...]:
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _listed(value: Any) -> str:

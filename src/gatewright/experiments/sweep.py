@@ -29,6 +29,8 @@ def best_rate(entries: Sequence[Record], kind: str) -> float:
     """
     own = sorted((e for e in entries if e["kind"] == kind), key=lambda e: e["learning_rate"])
     finite = [e for e in own if e["valid_bpb"] is not None]
+    if not finite:
+        raise UserError(f"no {kind} run of the sweep ended; allowed: at least one; give lower rates")
     best = min(finite, key=lambda e: e["valid_bpb"])
     if best in (own[0], own[-1]):
         raise UserError(

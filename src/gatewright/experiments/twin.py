@@ -19,6 +19,11 @@ Against = Literal["active", "total"]
 TOLERANCE = 0.01
 
 
+def selected_per_token(settings: Any) -> Any:
+    """Return K as the settings have it; papers without that setting (Switch) select one expert."""
+    return getattr(settings, "num_selected", 1)
+
+
 def cost_of(paper: str, settings: Any) -> Cost:
     """Return the cost per token of a model from its settings, on no memory."""
     with torch.device("meta"):
@@ -39,7 +44,7 @@ def dense_twin(paper: str, settings: Any, against: Against = "active") -> Any:
         raise UserError(
             "the model has no sparse layer; allowed: a sparse model; a race needs two different sides"
         )
-    selected = per_layer("num_selected", settings.num_selected, n)
+    selected = per_layer("num_selected", selected_per_token(settings), n)
     experts = per_layer("num_experts", settings.num_experts, n)
     expert_width = per_layer("expert_width", settings.expert_width, n)
     kept = per_layer("ffn_width", settings.ffn_width, n)
