@@ -124,7 +124,7 @@ def with_experts(settings: Any, num_experts: int) -> Any:
     Raises: UserError if that width is no whole number.
     """
     n = settings.num_layers
-    selected = per_layer("num_selected", settings.num_selected, n)
+    selected = per_layer("num_selected", selected_per_token(settings), n)
     active = [
         k * f for k, f in zip(selected, per_layer("expert_width", settings.expert_width, n), strict=True)
     ]
@@ -135,9 +135,10 @@ def with_experts(settings: Any, num_experts: int) -> Any:
             f"divide it, or num_selected {max(selected)} and more"
         )
     width = tuple(a // k for a, k in zip(active, taken, strict=True))
-    return dataclasses.replace(
-        settings, num_experts=num_experts, num_selected=_one(tuple(taken)), expert_width=_one(width)
-    )
+    changes: dict[str, Any] = {"num_experts": num_experts, "expert_width": _one(width)}
+    if hasattr(settings, "num_selected"):
+        changes["num_selected"] = _one(tuple(taken))
+    return dataclasses.replace(settings, **changes)
 
 
 def _one(values: tuple[int, ...]) -> int | tuple[int, ...]:

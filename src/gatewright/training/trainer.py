@@ -253,6 +253,12 @@ def check_settings(run: TrainRun) -> None:
     micro_batch_size(run, settings.context)
 
 
+def check_text(run: TrainRun, corpus: Corpus) -> None:
+    """Raise UserError if the corpus is too small for one sequence of the run."""
+    context = (get_paper(run.paper).Settings() if run.model is None else run.model).context
+    corpus.stream(1, context, fraction=run.data_fraction)
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device. Raises: UserError if it is unknown or not there."""
     try:
