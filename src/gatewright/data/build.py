@@ -71,7 +71,7 @@ def build_text(folder: Path, sources: Sequence[Source], progress: Progress) -> d
             raise UserError(f"none of the sources of the default corpus can be read; run: {INSTALL}")
         store, exact = writer.finish()
     progress(f"looking for near-duplicates in {len(store.table)} documents")
-    store.table[:, 3] = clusters(signatures(store.raw, store.table[:, :2]))
+    store.table[:, 3] = clusters(signatures(store.raw, store.table[:, :2], progress))
     store.save()
     _, sizes = np.unique(store.table[:, 3], return_counts=True)
     counts = {

@@ -9,6 +9,9 @@ probability 0.98 or more, one at 0.35 or less practically never.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -86,11 +89,17 @@ def _densify(minima: NDArray[np.uint64], filled: NDArray[np.bool_]) -> NDArray[n
     return minima
 
 
-def signatures(raw: NDArray[np.uint8], spans: NDArray[np.int64]) -> NDArray[np.uint64]:
+def signatures(
+    raw: NDArray[np.uint8], spans: NDArray[np.int64], progress: Callable[[str], None] | None = None
+) -> NDArray[np.uint64]:
     """Return the signature of each span (first byte, end byte) of `raw`: [documents, NUM_MINIMA]."""
     result = np.empty((len(spans), NUM_MINIMA), dtype=np.uint64)
+    told = time.perf_counter()
     for number, (start, end) in enumerate(spans.tolist()):
         result[number] = signature(np.asarray(raw[start:end]))
+        if progress and number % 256 == 0 and time.perf_counter() - told > 5:
+            told = time.perf_counter()
+            progress(f"compared {number} of {len(spans)} documents")
     return result
 
 

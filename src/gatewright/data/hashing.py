@@ -36,7 +36,7 @@ def shingle_hashes(data: NDArray[np.uint8], width: int) -> NDArray[np.uint64]:
         raise ValueError(f"width is a power of two, not {width}")
     if len(data) < width:
         return np.empty(0, dtype=np.uint64)
-    hashes = mix64(data.astype(np.uint64))
+    hashes = mix64(np.arange(256, dtype=np.uint64))[data]
     base = int(_MULTIPLIER)
     span = 1
     while span < width:
