@@ -75,7 +75,8 @@ def time_pair(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         return time.perf_counter() - started
 
     for _ in range(3):
-        run_sparse(), run_dense()
+        run_sparse()
+        run_dense()
     times: dict[str, list[float]] = {"sparse": [], "dense": []}
     for turn in range(rounds):
         pair = [("sparse", run_sparse), ("dense", run_dense)]
