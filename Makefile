@@ -42,6 +42,7 @@ types: $(STAMPS)/dev
 docs: $(STAMPS)/dev ## rewrite README's tree, table of papers and recorded figures
 	$(BIN)/python scripts/tree.py
 	$(BIN)/python scripts/roster.py
+	$(BIN)/python scripts/references.py
 	$(BIN)/python scripts/figures.py
 
 bench: $(STAMPS)/run ## time sparse against dense layers, sides alternating

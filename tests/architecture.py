@@ -142,7 +142,10 @@ def foreign_oracle(oracle: Path, package: str = "gatewright") -> list[str]:
 
 
 def too_long(root: Path, package: Path) -> list[str]:
-    """Files over 300 lines, functions over 60; commands over 60 and papers over 120 lines."""
+    """Files over 300 lines, functions over 60; commands over 60 and papers over 120 lines.
+
+    Functions of tests are left out: a literal of test data may be long.
+    """
     found = []
     for path in python_files(root):
         limit = 300
@@ -161,7 +164,7 @@ def too_long(root: Path, package: Path) -> list[str]:
         count = len(text.splitlines())
         if count > limit:
             found.append(f"{path.relative_to(root)} has {count} lines; at most {limit}")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(text)) if root.name != "tests" else ():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
                 length = node.end_lineno - node.lineno + 1
                 if length > 60:

@@ -36,26 +36,26 @@ def _sweep_part(sweep: Record | None) -> str:
     )
 
 
+def _comparison(c: Record) -> list[str]:
+    speed = {k: "never" if v is None else f"{v:.2f}x" for k, v in c["speedup"].items()}
+    ratio = c["step_time_ratio"]
+    return [
+        str(c["seed"]),
+        f"{c['dense_bpb']:.4f}",
+        f"{c['sparse_bpb']:.4f}",
+        f"{c['gap_bpb']:+.4f}",
+        f"{100 * c['token_share']:.0f} %",
+        f"{100 * c['second_share']:.0f} %",
+        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "-",
+        f"{speed['tokens']} / {speed['flops']} / {speed['seconds']}",
+    ]
+
+
 def race_page(record: Record) -> str:
     """Return the page of a reproduced race: claim, machine, rates, every seed, and whether it held."""
     race = record["race"]
     where = race["environment"]
-    rows = []
-    for c in race["comparisons"]:
-        speed = {k: "never" if v is None else f"{v:.2f}x" for k, v in c["speedup"].items()}
-        ratio = c["step_time_ratio"]
-        rows.append(
-            [
-                str(c["seed"]),
-                f"{c['dense_bpb']:.4f}",
-                f"{c['sparse_bpb']:.4f}",
-                f"{c['gap_bpb']:+.4f}",
-                f"{100 * c['token_share']:.0f} %",
-                f"{100 * c['second_share']:.0f} %",
-                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "-",
-                f"{speed['tokens']} / {speed['flops']} / {speed['seconds']}",
-            ]
-        )
+    rows = [_comparison(c) for c in race["comparisons"]]
     head = [
         "seed",
         "dense",
