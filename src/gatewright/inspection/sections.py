@@ -114,7 +114,9 @@ def curves(page: Page) -> None:
             "note",
         )
     body += paragraph(
-        "Lower is better. One line per seed, the first thicker. Early points above the frame are cut.",
+        "Lower is better. "
+        + ("One line per seed, the first thicker. " if len(record.seeds) > 1 else "")
+        + "Early points above the frame are cut.",
         "note",
     )
     page.add("curves", "Tokens, compute and time", body + command(record.command))

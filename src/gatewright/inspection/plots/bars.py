@@ -106,7 +106,7 @@ def domain_images(record: Record) -> list[Image]:
                 lambda theme: _draw_gaps(gaps, theme),
                 alt=f"Gap by domain, dense minus sparse, in bits per byte: {listed}.",
                 caption=f"<b>Gap by domain</b>: sparse is better on {better} of {len(gaps)} "
-                "domains. Ticks: single seeds.",
+                "domains." + (" Ticks: single seeds." if len(record.headline) > 1 else ""),
             )
         )
     return images

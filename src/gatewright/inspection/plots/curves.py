@@ -163,7 +163,10 @@ def _draw_losses(record: Record, theme: Theme) -> Figure:
             smooth = _smooth([y for _, y in known], max(1, len(known) // 40))
             tail += smooth[len(smooth) // 12 :]
             first = shorten(record.short(name), 26) if index == 0 else None
-            axes.plot([x for x, _ in known], smooth, color=paint[name], linewidth=1.2, label=first)
+            alone = "o" if len(known) == 1 else None
+            axes.plot(
+                [x for x, _ in known], smooth, color=paint[name], linewidth=1.2, label=first, marker=alone
+            )
     room = max(max(tail) - min(tail), 0.02)
     axes.set_ylim(min(tail) - 0.05 * room, max(tail) + 0.06 * room)
     axes.set_xlim(left=0)

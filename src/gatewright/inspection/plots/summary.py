@@ -74,7 +74,8 @@ def scaling_images(record: Record) -> list[Image]:
             "scaling",
             lambda theme: _draw_scaling(record, theme),
             alt=f"Validation bits per byte against the number of experts: {listed}.",
-            caption="<b>More experts, same active compute.</b> Bars: single seeds.",
+            caption="<b>More experts, same active compute.</b>"
+            + (" Bars: single seeds." if any(len(values) > 1 for values in found.values()) else ""),
         )
     ]
 
