@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = re.compile(r"`(?P<symbol>[^`]+)`(?P<at>\s+at\s+)`(?P<file>[\w./]+\.py):(?P<line>\d+)`")
+REFERENCE = re.compile(r"`(?P<symbol>[^`]+)`(?P<gap>\s+at\s+)" r"`(?P<file>[\w./]+\.py):\d+`")
 
 
 def locate(file: str, symbol: str, root: Path = ROOT) -> tuple[int, str]:
@@ -36,13 +36,13 @@ def refresh(text: str, root: Path = ROOT) -> tuple[str, list[str]]:
         if reason:
             wrong.append(reason)
             return match[0]
-        return f"`{match['symbol']}`{match['at']}`{match['file']}:{line}`"
+        return f"`{match['symbol']}`{match['gap']}`{match['file']}:{line}`"
 
     return REFERENCE.sub(current, text), wrong
 
 
 def main(argv: list[str], root: Path = ROOT) -> int:
-    """Rewrite the pages below docs/; return 1 when a reference leads nowhere or, with --check, one differs."""
+    """Rewrite the pages below docs/; return 1 when a reference leads nowhere or, with --check, differs."""
     bad = False
     for page in sorted((root / "docs").rglob("*.md")):
         text = page.read_text(encoding="utf-8")
@@ -52,7 +52,10 @@ def main(argv: list[str], root: Path = ROOT) -> int:
         if "--check" not in argv:
             page.write_text(new, encoding="utf-8")
         elif new != text:
-            print(f"{page.relative_to(root)}: line numbers have moved; run `make docs`", file=sys.stderr)
+            print(
+                f"{page.relative_to(root)}: line numbers have moved; run `python scripts/references.py`",
+                file=sys.stderr,
+            )
             bad = True
         bad = bad or bool(wrong)
     return int(bad)

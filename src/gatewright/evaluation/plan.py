@@ -92,11 +92,7 @@ def plan(
     check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
     title, paper_id, chosen = _resolve(name, settings, paper)
     length = chosen.context if context is None else context
-    for what, value in (("context", length), ("batch", batch)):
-        if value < 1:
-            raise UserError(f"{what} {value}; allowed: 1 or more")
-    if device_memory_gb is not None and not device_memory_gb > 0:
-        raise UserError(f"device_memory_gb {device_memory_gb}; allowed: above 0; give one device's memory")
+    _check_numbers(length, batch, device_memory_gb)
     with torch.device("meta"):
         model = get_paper(paper_id).build(chosen)
     cost = count_cost(model, length)
@@ -131,6 +127,14 @@ def plan(
         ),
         notes=_notes(dtype, length, chosen.context),
     )
+
+
+def _check_numbers(context: int, batch: int, device_memory_gb: float | None) -> None:
+    for what, value in (("context", context), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"{what} {value}; allowed: 1 or more")
+    if device_memory_gb is not None and not device_memory_gb > 0:
+        raise UserError(f"device_memory_gb {device_memory_gb}; allowed: above 0; give one device's memory")
 
 
 def _in_gb(trained: Any) -> dict[str, float]:
