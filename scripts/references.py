@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = re.compile(r"`(?P<symbol>[^`]+)`(?P<gap>\s+at\s+)" r"`(?P<file>[\w./]+\.py):\d+`")
+# The gap between symbol and place may be a line break.
+REFERENCE = re.compile(r"`(?P<name>[^`]+)`(?P<gap>\s+at\s+)`(?P<file>[\w./]+\.py):\d+`")
 
 
 def locate(file: str, symbol: str, root: Path = ROOT) -> tuple[int, str]:
@@ -32,11 +33,11 @@ def refresh(text: str, root: Path = ROOT) -> tuple[str, list[str]]:
     wrong = []
 
     def current(match: re.Match[str]) -> str:
-        line, reason = locate(match["file"], match["symbol"], root)
+        line, reason = locate(match["file"], match["name"], root)
         if reason:
             wrong.append(reason)
             return match[0]
-        return f"`{match['symbol']}`{match['gap']}`{match['file']}:{line}`"
+        return f"`{match['name']}`{match['gap']}`{match['file']}:{line}`"
 
     return REFERENCE.sub(current, text), wrong
 

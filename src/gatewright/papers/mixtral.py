@@ -96,7 +96,7 @@ def objective(settings: Settings) -> NextToken:
 
 
 DEVIATIONS: tuple[str, ...] = (
-    "The paper states no training recipe: the balance loss is ours, with weight 0.01 in the default and, in the "
-    "published sizes, 0.04: the public configuration's 0.02 in our convention (its f sums to K = 2).",
+    "The paper states no training recipe: the balance loss is ours, with weight 0.01 in the default and, in "
+    "the published sizes, 0.04: the public configuration's 0.02 in our convention (its f sums to K = 2).",
     "Initialisation is ours (normal, std fan_in ** -0.5): the paper names none.",
 )
