@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # The gap between symbol and place may be a line break.
-REFERENCE = re.compile(r"`(?P<name>[^`]+)`(?P<gap>\s+at\s+)`(?P<file>[\w./]+\.py):\d+`")
+MARK = re.compile(r"`(?P<name>[^`]+)`(?P<gap>\s+at\s+)`(?P<file>[\w./]+\.py):\d+`")
 
 
 def locate(file: str, symbol: str, root: Path = ROOT) -> tuple[int, str]:
@@ -39,7 +39,7 @@ def refresh(text: str, root: Path = ROOT) -> tuple[str, list[str]]:
             return match[0]
         return f"`{match['name']}`{match['gap']}`{match['file']}:{line}`"
 
-    return REFERENCE.sub(current, text), wrong
+    return MARK.sub(current, text), wrong
 
 
 def main(argv: list[str], root: Path = ROOT) -> int:
