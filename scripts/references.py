@@ -15,7 +15,7 @@ MARK = re.compile(r"`(?P<name>[^`]+)`(?P<gap>\s+at\s+)`(?P<file>[\w./]+\.py):\d+
 
 
 def locate(file: str, symbol: str, root: Path = ROOT) -> tuple[int, str]:
-    """Return (line of the symbol, "") or (0, what is wrong); `file` is below the package or the repository."""
+    """Return (line of the symbol, "") or (0, what is wrong); `file` is below package or repository."""
     path = next((p for p in (root / "src" / "gatewright" / file, root / file) if p.is_file()), None)
     if path is None:
         return 0, f"{file} is not there"
