@@ -3,9 +3,10 @@
 Run from the repository's root after a change of the oracle (never to make a failing test pass):
     python -m tests.oracle.golden
 
-Both models are h = x + MoE(x), out = W_head h, on 20 tokens of which each step sees 10. The total adds the balance
-loss and the z-loss. `classifier`: cross-entropy, K = 2 renormalised SwiGLU experts and a shared one, plain gradient
-descent. `regressor`: mean square error, K = 1 raw ReLU experts with capacity, AdamW.
+Both models are h = x + MoE(x), out = W_head h, on 20 tokens of which each step sees 10. The total adds
+the balance loss and the z-loss. `classifier`: cross-entropy, K = 2 renormalised SwiGLU experts and a
+shared one, plain gradient descent. `regressor`: mean square error, K = 1 raw ReLU experts with capacity,
+AdamW.
 """
 
 from __future__ import annotations
