@@ -69,10 +69,22 @@ def side(
                   "seconds": seconds},
         "routers": [],
     }  # fmt: skip
-    if kind == "dense":
-        return side
+    if kind == "sparse":
+        steps = [row["step"] for row in curve]
+        side |= _routing(draw, steps, experts, chosen, routers, drops, list((TEXT * 20)[:length]))
+    return side
+
+
+def _routing(
+    draw: np.random.Generator,
+    steps: list[int],
+    experts: int,
+    chosen: int,
+    routers: int,
+    drops: bool,
+    pieces: list[str],
+) -> dict[str, Any]:
     names = [f"layers.{index}" for index in range(routers)]
-    steps = [row["step"] for row in curve]
     load, special, view = {}, {}, {}
     for index, router in enumerate(names):
         pull = draw.normal(size=experts)
@@ -81,7 +93,6 @@ def side(
         logits = draw.normal(size=(len(DOMAINS), experts)) * (0.4 + 0.5 * index)
         share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) * chosen
         special[router] = np.minimum(share, 1).tolist()
-    pieces = list((TEXT * 20)[:length])
     for router in names:
         ids = np.stack([draw.permutation(experts)[:chosen] for _ in pieces])
         ids = np.where(
@@ -90,7 +101,7 @@ def side(
         weights = -np.sort(-draw.dirichlet(np.ones(chosen), size=len(pieces)), axis=1)
         view[router] = {"experts": ids.tolist(), "weights": weights.tolist()}
     lost = [0.12 * float(np.exp(-step / 200)) if drops else 0.0 for step in steps]
-    side |= {
+    return {
         "routers": names,
         "load_over_time": {"steps": steps, "routers": load},
         "dropped_over_time": {
@@ -104,7 +115,6 @@ def side(
             {"domain": "python", "pieces": pieces[::-1], "routers": view},
         ],
     }  # fmt: skip
-    return side
 
 
 def race(gap: float = 0.021, seeds: int = 3, experts: int = 64, **options: Any) -> dict[str, Any]:

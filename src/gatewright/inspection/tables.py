@@ -142,14 +142,10 @@ def facts_table(record: Record) -> str:
 def claims_table(record: Record) -> str:
     """Return the claims of the triangle, each held or not held."""
     lines = [
-        [text(claim, "claim") or NONE, mark(lookup(claim, "held")), text(claim, "detail")]
+        [with_note(text(claim, "claim") or NONE, text(claim, "detail")), mark(lookup(claim, "held"))]
         for claim in rows(record.result, "triangle", "claims")
     ]
-    return (
-        html_table(["Claim", "Verdict", "Detail"], lines, caption="Claims, as measured", wide=False)
-        if lines
-        else ""
-    )
+    return html_table(["Claim", "Verdict"], lines, caption="Claims, as measured", wide=False) if lines else ""
 
 
 def shares(record: Record) -> str:
