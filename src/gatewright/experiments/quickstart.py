@@ -71,8 +71,8 @@ def run_plan(plan: RacePlan, work: Path, quick: bool) -> Record:
         )
         return {"claim": plan.claim, "sweep": None, "race": race(short).record}
     tuned = plan.sweep_of or plan
-    path = work.parent / tuned.name.replace("/", "-") / "sweep.json"
-    swept = sweep(dataclasses.replace(tuned.race, seeds=1), tuned.rates, path)
+    folder = work if tuned is plan else work.parent / tuned.name.replace("/", "-")
+    swept = sweep(dataclasses.replace(tuned.race, seeds=1), tuned.rates, folder / "sweep.json")
     rates = {kind: best_rate(swept["entries"], kind) for kind in ("dense", "sparse")}
     full = dataclasses.replace(
         base, dense_rate=rates["dense"], sparse_rate=rates["sparse"], out=str(work / "race"), resume=True
