@@ -17,5 +17,6 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw small pictures where a test is about what is drawn, not how it looks."""
+    """Draw small pictures in one theme where a test is about what is drawn, not how it looks."""
     monkeypatch.setattr(theme, "DOTS", 40)
+    monkeypatch.setattr(theme, "THEMES", (theme.LIGHT,))

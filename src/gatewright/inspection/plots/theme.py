@@ -63,6 +63,9 @@ DARK = Theme(
 )
 
 
+THEMES = (LIGHT, DARK)
+
+
 @dataclass(frozen=True)
 class Image:
     """A rendered figure: file name without ending, what it shows in words, and the PNG of each theme."""
@@ -149,7 +152,7 @@ def render(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str
     from matplotlib import rc_context
 
     images = []
-    for theme in (LIGHT, DARK):
+    for theme in THEMES:
         settings: Any = _settings(theme)
         with rc_context(settings), warnings.catch_warnings():
             # A script that the bundled font lacks is drawn as boxes; the text beside it is complete.
@@ -158,7 +161,7 @@ def render(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str
             draw(theme).savefig(buffer, format="png")
             images.append(buffer.getvalue())
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-    return Image(safe, alt, caption, images[0], images[1])
+    return Image(safe, alt, caption, images[0], images[-1])
 
 
 def shorten(text: str, limit: int = 22) -> str:
