@@ -24,7 +24,7 @@ def stream_over(length: int, batch_size: int, context: int, seed: int) -> TokenS
     return TokenStream(np.arange(length, dtype=np.uint16), batch_size, min(context, length - 1), seed)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(**SHAPES)
 def test_each_epoch_visits_every_window_once(length, batch_size, context, seed):
     stream = stream_over(length, batch_size, context, seed)

@@ -14,7 +14,7 @@ from tests.data.samples import prose
 SCRAPS = st.lists(st.text(st.sampled_from("ab \n\té"), max_size=40), max_size=30)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(blocks=SCRAPS, longest=st.integers(4, 60))
 def test_the_pieces_are_the_text(blocks, longest):
     pieces = list(cut(blocks, longest))
@@ -55,9 +55,9 @@ def test_a_copy_with_a_changed_beginning_is_cut_at_the_same_places():
 @pytest.mark.parametrize("unit", ["\n", "a", " ", "\n\n \n", "é"])
 def test_monotonous_text_takes_linear_time(unit):
     text = unit * (4_000_000 // len(unit))
-    began = time.perf_counter()
+    began = time.process_time()
     assert "".join(cut([text])) == text
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_small_domains_are_cut_finer():
