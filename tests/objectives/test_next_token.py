@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gatewright.errors import UserError
 from gatewright.objectives import NextToken
 from gatewright.parts import MoELayer, Stats, balance_loss, z_loss
 
@@ -65,3 +66,9 @@ def test_fp64_stays_fp64():
     logits = torch.tensor([[[math.log(3), 0.0]]], dtype=torch.float64)
     loss = NextToken()(output_of(logits), torch.zeros(1, 1, dtype=torch.int64))
     assert loss.task.item() == pytest.approx(math.log(4 / 3), abs=1e-15)
+
+
+@pytest.mark.parametrize("weights", [(-0.1, 0.0), (0.0, -1.0), (math.nan, 0.0)])
+def test_negative_weights_are_refused(weights: tuple[float, float]):
+    with pytest.raises(UserError, match=r"balance_weight .*, z_weight .*; allowed: 0 or more"):
+        NextToken(*weights)

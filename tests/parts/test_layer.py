@@ -188,6 +188,11 @@ def test_weights_start_truncated_at_two_standard_deviations():
     assert layer.router.weight.abs().max() <= 2e-3
 
 
+def test_a_dense_layer_without_width_is_refused():
+    with pytest.raises(UserError, match="width 6, ffn_width 0; allowed: 1 or more of each"):
+        MLP(6, 0)
+
+
 def test_equal_scores_choose_the_lowest_experts():
     layer = seen_layer(4, 2)
     _, stats = layer(torch.zeros(3, 4, dtype=torch.float64), capture=True)

@@ -42,8 +42,7 @@ class Assignment:
 
 
 class Router(nn.Module):
-    """One linear map per MoE layer, [T, D] -> logits [T, E], computed in `dtype` or the input's if that is
-    wider.
+    """One linear map per MoE layer, [T, D] -> logits [T, E], computed in `dtype` (in fp64 for fp64 input).
 
     Equation: h(x) = W_r x (Switch Transformer, eq 1), no bias. The parameter stays in its own dtype; `dtype`
     is what it is computed in (torch.bfloat16 is possible and is what selective precision, Switch table 2,
