@@ -67,6 +67,7 @@ def _compare(seed: int, sparse: Record, dense: Record) -> Record:
         "sparse": sparse["name"],
         "dense": dense["name"],
         "against": dense["against"],
+        "sparse_parameters": sparse["total_parameters"],
         "data_fraction": dense["data_fraction"],
         "gap_bpb": gap,
         "dense_bpb": target,
@@ -84,16 +85,20 @@ def _compare(seed: int, sparse: Record, dense: Record) -> Record:
 
 
 def verdict(comparisons: list[Record], seeds_asked: int) -> Record:
-    """Return the sentence over all finished seeds of the headline pair: the first sparse side against the
-    first dense twin. Without a finished seed `held` is None.
+    """Return the sentence over all finished seeds of the headline pair, and who it is. Without a finished
+    seed `held` is None.
 
-    Held: the mean gap is above the spread of the gaps (max - min over seeds); with one seed, the gap is not
+    Headline: on the largest share of the documents, the sparse side of most parameters against the twin of
+    equal compute (or the only one). Held: the mean gap is above the spread of the gaps (max - min over seeds); with one seed, the gap is not
     negative.
     """
     if not comparisons:
         sentence = "No verdict: the race was stopped before its first seed ended; --resume continues it."
         return {"sentence": sentence, "held": None, "gap_mean": None, "gap_spread": None, "seeds": 0}
-    first = comparisons[0]
+    first = max(
+        comparisons,
+        key=lambda c: (c["data_fraction"], c["against"] == "active", c["sparse_parameters"]),
+    )
     pair = [c for c in comparisons if (c["sparse"], c["dense"]) == (first["sparse"], first["dense"])]
     gaps = [c["gap_bpb"] for c in pair]
     mean, spread = statistics.fmean(gaps), max(gaps) - min(gaps)
@@ -113,7 +118,15 @@ def verdict(comparisons: list[Record], seeds_asked: int) -> Record:
     )
     if len(gaps) < seeds_asked:
         sentence += f" Stopped: {len(gaps)} of {seeds_asked} seeds have ended."
-    return {"sentence": sentence, "held": held, "gap_mean": mean, "gap_spread": spread, "seeds": len(gaps)}
+    return {
+        "sentence": sentence,
+        "held": held,
+        "gap_mean": mean,
+        "gap_spread": spread,
+        "seeds": len(gaps),
+        "sparse": first["sparse"],
+        "dense": first["dense"],
+    }
 
 
 def scaling_curve(seeds: list[Record]) -> list[Record]:

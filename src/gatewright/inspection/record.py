@@ -161,9 +161,14 @@ class Record:
 
     @property
     def headline(self) -> list[Mapping[str, Any]]:
-        """The comparisons that the verdict is about: sparse against its equal-active twin, all seeds."""
+        """The comparisons that the verdict is about, all seeds: the pair that it names, else the first
+        sparse side against its equal-active twin.
+        """
         everything = self.comparisons
-        chosen = [item for item in everything if text(item, "against") == "active"] or everything
+        names = tuple(text(self.result, "verdict", kind) for kind in ("sparse", "dense"))
+        named = [item for item in everything if (text(item, "sparse"), text(item, "dense")) == names]
+        active = [item for item in everything if text(item, "against") == "active"]
+        chosen = named or active or everything
         if not chosen:
             return []
         pair = (text(chosen[0], "sparse"), text(chosen[0], "dense"), text(chosen[0], "against"))

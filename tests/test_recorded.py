@@ -1,0 +1,75 @@
+"""The recorded results: complete, in agreement with the code's defaults, and judged by what was expected beforehand."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gatewright.experiments import RaceRun
+from gatewright.experiments.quickstart import PLANS
+from gatewright.experiments.sweep import best_rate
+
+ROOT = Path(__file__).resolve().parents[1] / "reproductions"
+RECORDED = sorted(p.stem for p in ROOT.glob("race-*.json") if not p.stem.endswith("-quick"))
+
+
+def read(name: str) -> Any:
+    return json.loads((ROOT / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_quickstart_is_recorded() -> None:
+    assert "race-quickstart" in RECORDED
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_every_result_was_expected_beforehand_and_has_its_page(name: str) -> None:
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    first, _, second = name.partition("-")
+    assert set(expected[first][second]) == {"metric", "sign", "least_effect"}
+    assert read(name)["race"]["verdict"]["sentence"] in (ROOT / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_every_seed_of_the_plan_is_there(name: str) -> None:
+    plan = PLANS[name.replace("-", "/", 1)]
+    record = read(name)
+    seeds = [run["seed"] for run in record["race"]["runs"]]
+    assert seeds == list(range(plan.race.seeds))
+    assert [c["seed"] for c in record["race"]["comparisons"]] == seeds
+    for run in record["race"]["runs"]:
+        for side in run["sides"]:
+            assert side["steps"] * record["race"]["data"]["batch_tokens"] == side["final"]["tokens"]
+            assert side["curve"][-1]["step"] == side["steps"]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_both_sides_swept_the_same_rates_and_took_the_best(name: str) -> None:
+    record = read(name)
+    entries = record["sweep"]["entries"]
+    rates = {kind: {e["learning_rate"] for e in entries if e["kind"] == kind} for kind in ("dense", "sparse")}
+    assert rates["dense"] == rates["sparse"] and len(rates["dense"]) >= 4
+    for side in record["race"]["runs"][0]["sides"]:
+        assert side["learning_rate"] == best_rate(entries, side["kind"])
+
+
+def test_the_defaults_of_the_command_are_the_recorded_best_rates() -> None:
+    entries = read("race-quickstart")["sweep"]["entries"]
+    assert RaceRun().dense_rate == best_rate(entries, "dense")
+    assert RaceRun().sparse_rate == best_rate(entries, "sparse")
+
+
+def test_the_verdict_of_the_quickstart_follows_from_its_numbers() -> None:
+    race = read("race-quickstart")["race"]
+    gaps = []
+    for run in race["runs"]:
+        final = {side["kind"]: side["final"]["valid_bpb"] for side in run["sides"]}
+        gaps.append(final["dense"] - final["sparse"])
+    spread = max(gaps) - min(gaps)
+    assert race["verdict"]["gap_mean"] == pytest.approx(statistics.fmean(gaps))
+    assert race["verdict"]["held"] == (statistics.fmean(gaps) > spread and min(gaps) >= 0)
+    assert race["data"]["eval_bytes"] >= 250_000
