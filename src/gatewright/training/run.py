@@ -119,7 +119,7 @@ class TrainRun(LoopSettings):
     """folder for checkpoints, logs, the result and the report"""
     seed: int = 0
     """seed of the model's initial weights"""
-    learning_rate: float = 6e-3
+    learning_rate: float = 3e-3
     """peak learning rate"""
     tokens: int = 8_192_000
     """tokens to train on"""
