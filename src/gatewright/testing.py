@@ -66,7 +66,7 @@ RULES: dict[str, tuple[tuple[Case, ...], bool, int | None]] = {
 def check_router(
     fn: RouterFunction, rule: str = "mixtral", *, ties: bool = True, dtype: torch.dtype = torch.float64
 ) -> None:
-    """Hold a token-choice router against its rule: which experts, with which weights, and the weights' gradients.
+    """Hold a token-choice router against its rule: which experts, which weights, and the weights' gradients.
 
     Args: `fn(logits [T, E], num_selected)` returns (experts [T, K] integers, weights [T, K]), the K places
     in any order; `rule` is "switch" (top 1, raw score: Switch eq 1-3), "olmoe" (top K, raw scores: OLMoE eq
@@ -144,8 +144,9 @@ def _check_router_gradient(
         for j in range(len(row)):
             slope = sum((1 + e) * weight * ((e == j) - field.get(j, 0.0)) for e, weight in chosen.items())
             if not abs(found[t, j].item() - slope) <= _TOLERANCE[logits.dtype] * 10 * len(row):
+                value = found[t, j].item()
                 raise Mismatch(
-                    f"{name}: token {t}, gradient of logit {j} is {found[t, j].item():.9g}; expected {slope:.9g}"
+                    f"{name}: token {t}, gradient of logit {j} is {value:.9g}; expected {slope:.9g}"
                 )
 
 

@@ -62,6 +62,15 @@ def test_autocast_leaves_the_router_in_fp32_and_the_experts_not(backend: str):
 
 
 @each_backend
+def test_autocast_leaves_fp64_alone(backend: str):
+    layer, x = draw(backend=backend)
+    layer, x = layer.double(), x.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = layer(x)
+    assert torch.equal(y, layer(x)[0])
+
+
+@each_backend
 def test_gradients_under_autocast_are_those_of_fp32_within_bf16(backend: str):
     grads = []
     for enabled in (False, True):

@@ -103,7 +103,9 @@ class MoELayer(nn.Module):
 def _activation_dtype(x: Tensor) -> Tensor:
     """Under autocast, cast to its dtype: the experts' grouped matmuls are not on autocast's own list."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:  # autocast leaves fp64 alone
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _record(
