@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 OUT ?= runs/quickstart
+# Planted faults that are judged at a time.
+JOBS ?= 2
 # Seconds that one test may take before it is stopped and named.
 TEST_TIMEOUT ?= 120
 
@@ -49,7 +51,7 @@ bench: $(STAMPS)/run ## time sparse against dense layers, sides alternating
 	$(BIN)/python -m benchmarks
 
 planted: $(STAMPS)/test ## plant each fault of tests/planted in a copy: the named test must fail
-	$(BIN)/python scripts/planted.py
+	$(BIN)/python scripts/planted.py --jobs $(JOBS)
 
 setup: $(STAMPS)/dev $(STAMPS)/corpus ## everything that the other targets install
 
