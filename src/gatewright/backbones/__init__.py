@@ -2,7 +2,7 @@
 
 from gatewright.backbones import initialise
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
-from gatewright.backbones.cost import Cost, count_cost
+from gatewright.backbones.cost import Cost, count_cost, on_no_memory
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.pattern import moe_pattern, per_layer
 from gatewright.backbones.transformer import Block, Decoder, DecoderOutput, KVCache
@@ -20,5 +20,6 @@ __all__ = [
     "count_cost",
     "initialise",
     "moe_pattern",
+    "on_no_memory",
     "per_layer",
 ]

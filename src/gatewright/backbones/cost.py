@@ -4,14 +4,40 @@ device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gatewright.backbones.attention import Attention
 from gatewright.backbones.transformer import Decoder
 from gatewright.errors import UserError
 from gatewright.parts import MLP, MoELayer
+
+_DRAWS = {nn.init.normal_, nn.init.trunc_normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
+_DRAWS |= {Tensor.normal_, Tensor.uniform_}
+
+
+class _WithoutDraws(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+@contextmanager
+def on_no_memory() -> Iterator[None]:
+    """Within it, build models of any size as shapes alone: on the meta device, no weight drawn.
+
+    A draw on the meta device would make torch load its compiler: seconds, for numbers that do not exist.
+    """
+    with torch.device("meta"), _WithoutDraws():
+        yield
 
 
 @dataclass(frozen=True)

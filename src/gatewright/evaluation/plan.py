@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gatewright.backbones import count_cost
+from gatewright.backbones import count_cost, on_no_memory
 from gatewright.errors import UserError, did_you_mean
 from gatewright.evaluation.memory import (
     BYTES_PER_WEIGHT,
@@ -93,7 +91,7 @@ def plan(
     title, paper_id, chosen = _resolve(name, settings, paper)
     length = chosen.context if context is None else context
     _check_numbers(length, batch, device_memory_gb)
-    with torch.device("meta"):
+    with on_no_memory():
         model = get_paper(paper_id).build(chosen)
     cost = count_cost(model, length)
     total, each = cost.total_parameters, BYTES_PER_WEIGHT[dtype]

@@ -7,9 +7,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import torch
-
-from gatewright.backbones import Cost, count_cost, moe_pattern, per_layer
+from gatewright.backbones import Cost, count_cost, moe_pattern, on_no_memory, per_layer
 from gatewright.errors import UserError
 from gatewright.papers.registry import get_paper
 
@@ -26,7 +24,7 @@ def selected_per_token(settings: Any) -> Any:
 
 def cost_of(paper: str, settings: Any) -> Cost:
     """Return the cost per token of a model from its settings, on no memory."""
-    with torch.device("meta"):
+    with on_no_memory():
         return count_cost(get_paper(paper).build(settings), settings.context)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatewright.backbones import Cost, count_cost
+from gatewright.backbones import Cost, count_cost, on_no_memory
 from gatewright.data import Corpus
 from gatewright.errors import Diverged, UserError
 from gatewright.evaluation import Bits, bits_per_byte, take_bytes
@@ -247,7 +247,7 @@ def check_settings(run: TrainRun) -> None:
     settings = paper.Settings() if run.model is None else run.model
     require_finite(settings)
     resolve_device(run.device)
-    with torch.device("meta"):
+    with on_no_memory():
         paper.build(settings)
     paper.objective(settings)
     micro_batch_size(run, settings.context)
