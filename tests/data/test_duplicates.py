@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gatewright.data import overlap
 from gatewright.data.duplicates import NUM_MINIMA, SHINGLE, clusters, normalise, signature, signatures
 from gatewright.data.overlap import WIDTH, shared_shingles
 from gatewright.data.split import SMALLEST_DOMAIN, hold_out, training_order
@@ -73,6 +74,18 @@ def test_case_and_spacing_do_not_matter():
     shouted = "\n\t " + text.upper().replace(" ", "  \n") + "\n"
     assert np.array_equal(signature(as_bytes(text)), signature(as_bytes(shouted)))
     assert normalise(as_bytes("  A \n\tb  c")).tobytes() == b"a b c"
+
+
+def test_the_estimate_is_unbiased_for_short_texts():
+    errors = []
+    for seed in range(200):
+        one = prose(150, seed)[:150]
+        shared = 75 + seed % 60
+        other = one[:shared] + prose(150, seed + 9_999)[: 150 - shared]
+        estimate = (signature(as_bytes(one)) == signature(as_bytes(other))).mean()
+        errors.append(estimate - jaccard(one, other))
+    assert abs(np.mean(errors)) < 0.015
+    assert np.std(errors) < 0.06
 
 
 @pytest.mark.parametrize("text", ["x", "a few words", "just about thirty-two characters"])
@@ -183,3 +196,13 @@ def test_overlap_counts_what_sets_of_strings_count(tmp_path_factory, data):
     expected = [text[i : i + WIDTH] in known for text in texts[::2] for i in range(len(text) - WIDTH + 1)]
     assert found.tolist() == expected
     assert len(places) == len(expected)
+
+
+def test_overlap_is_exact_even_when_hashes_collide(monkeypatch):
+    real = overlap.shingle_hashes
+    monkeypatch.setattr(overlap, "shingle_hashes", lambda data, width: real(data, width) % np.uint64(2))
+    raw = as_bytes(prose(100, 1)[:100] + prose(100, 2)[:100])
+    spans = np.array([[0, 100], [100, 200]])
+    _, found = overlap.shared_shingles(raw, spans[:1], spans[1:])
+    assert len(found) == 37
+    assert not found.any()

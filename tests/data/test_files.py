@@ -219,6 +219,7 @@ def test_loops_pipes_and_dead_links_in_a_folder(tmp_path: Path):
     (folder / "linked").symlink_to(outside)
     os.mkfifo(folder / "pipe.txt")
     assert sorted(texts_of(tmp_path, folder)) == ["one", "three", "two"]
+    assert len(file_sources([folder])[0].identity) == 3, "a loop was walked again and again"
 
 
 def test_domains_are_named_after_the_paths(tmp_path: Path):

@@ -20,7 +20,7 @@ from gatewright.data.store import Source, TextStore, TextWriter
 from gatewright.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
 from gatewright.errors import UserError
 
-BUILDER_VERSION = "4"
+BUILDER_VERSION = "5"
 """Changes whenever the same sources would give other documents, clusters, splits or tokens."""
 BPE_TEXT = 32_000_000
 """Bytes of training text that a BPE is trained on: its first part, balanced over the domains."""

@@ -36,14 +36,6 @@ def _lower_table() -> NDArray[np.uint8]:
 _LOWER = _lower_table()
 
 
-def _probe_table(attempts: int = 256) -> NDArray[np.int64]:
-    cells = np.arange(attempts * NUM_MINIMA, dtype=np.uint64)
-    return (mix64(cells) % np.uint64(NUM_MINIMA)).astype(np.int64).reshape(attempts, NUM_MINIMA)
-
-
-_PROBES = _probe_table()
-
-
 def normalise(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the bytes with ASCII letters in lower case and white space as single spaces, none at the "
     "ends."""
@@ -60,7 +52,7 @@ def signature(raw: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Return the MinHash signature of one document's bytes: [NUM_MINIMA].
 
     One permutation: the hashes of the shingles fall into NUM_MINIMA bins by their top bits, and each bin
-    keeps its smallest. An empty bin borrows from the bin that a fixed sequence of probes meets first, which
+    keeps its smallest. An empty bin borrows from the next one that is not (rotation densification), which
     keeps the share of equal entries an unbiased estimate of the Jaccard similarity.
     """
     plain = normalise(raw)
@@ -68,25 +60,7 @@ def signature(raw: NDArray[np.uint8]) -> NDArray[np.uint64]:
         plain = np.concatenate([plain, np.zeros(SHINGLE - len(plain), dtype=np.uint8)])
     hashes = np.sort(shingle_hashes(plain, SHINGLE))
     edges = np.arange(NUM_MINIMA, dtype=np.uint64) << np.uint64(64 - _BIN_BITS)
-    first = np.minimum(np.searchsorted(hashes, edges), len(hashes) - 1)
-    minima = hashes[first]
-    filled = (minima >> np.uint64(64 - _BIN_BITS)) == np.arange(NUM_MINIMA, dtype=np.uint64)
-    if not filled.all():
-        minima = _densify(minima, filled)
-    return minima
-
-
-def _densify(minima: NDArray[np.uint64], filled: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    minima, open_bins = minima.copy(), np.flatnonzero(~filled)
-    for probes in _PROBES:
-        donors = probes[open_bins]
-        good = filled[donors]
-        minima[open_bins[good]] = minima[donors[good]]
-        open_bins = open_bins[~good]
-        if not len(open_bins):
-            return minima
-    minima[open_bins] = minima[np.flatnonzero(filled)[0]]
-    return minima
+    return hashes[np.searchsorted(hashes, edges) % len(hashes)]
 
 
 def signatures(
