@@ -81,11 +81,11 @@ def test_int8_cache_stays_in_bf16():
 
 
 def test_a_plan_takes_no_memory_and_little_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for name in published_names():
         plan(name)
     # Weights of these add up to more than a terabyte; allocated, no machine would pass.
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
