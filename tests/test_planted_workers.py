@@ -43,3 +43,16 @@ def test_many_faults_are_judged_side_by_side(tmp_path: Path, capfd):
     assert "broke instead of failing (pytest exit code 4)" in out
     assert "3 of 5 planted faults noticed" in out
     assert (root / "src/toy.py").read_text() == CODE
+
+
+def test_every_fault_still_applies_and_names_a_test(tmp_path: Path):
+    planted.copy_tree(planted.ROOT, tmp_path / "tree")
+    patches = sorted((planted.ROOT / "tests" / "planted").glob("*.patch"))
+    assert len(patches) > 70
+    for patch in patches:
+        fault = planted.read_fault(patch)
+        assert planted.apply(patch, tmp_path / "tree") == "", patch.name
+        assert planted.apply(patch, tmp_path / "tree", reverse=True) == "", patch.name
+        path, _, name = fault.test.partition("::")
+        function = name.split("::")[-1].split("[")[0]
+        assert f"def {function}(" in (planted.ROOT / path).read_text(encoding="utf-8"), fault.test

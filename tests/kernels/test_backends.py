@@ -169,6 +169,35 @@ def test_alignment_follows_the_row_stride_in_bytes():
     assert not _aligned(torch.zeros(3, 4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "width", "hidden", "calls"),
+    [
+        (
+            torch.float32,
+            8,
+            4,
+            5,
+        ),  # two products forward, one back through each weight, two weight gradients, dx
+        (torch.float32, 6, 5, 0),
+        (torch.float64, 8, 4, 0),
+        (torch.bfloat16, 8, 16, 6),
+    ],
+)
+def test_grouped_matmuls_run_where_rows_are_aligned(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, hidden: int, calls: int
+):
+    seen = []
+    grouped_mm = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda *a, **k: (seen.append(1), grouped_mm(*a, **k))[1]
+    )
+    plan = plan_of(ALL_KEPT, 5)
+    weights = draw_weights("swiglu", 5, width, hidden, dtype)
+    x, combine = draw_inputs(plan, width, dtype)
+    expert_mlp(x, plan, combine, weights, "grouped").sum().backward()
+    assert len(seen) == calls
+
+
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_combine_sums_in_fp32(backend: str, dtype: torch.dtype):
