@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from gatewright.backbones.norm import RMSNorm
@@ -27,7 +28,9 @@ class RotaryPositions(nn.Module):
             raise UserError(f"head_dim {head_dim}, rope_theta {theta}; allowed: 2 or more, and above 0")
         self.head_dim, self.theta = head_dim, theta
 
-    def angles(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def angles(
+        self, start: int, length: int, device: torch.device
+    ) -> tuple[Float64[Tensor, "S head_dim"], Float64[Tensor, "S head_dim"]]:
         """Return cos and sin, each [length, head_dim] fp64, for positions start .. start + length - 1.
 
         Equation: angle(p, i) = p * theta ** (-2 i / head_dim), i = 0 .. head_dim / 2 - 1.
@@ -39,7 +42,9 @@ class RotaryPositions(nn.Module):
         return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(
+    x: Float[Tensor, "B H S head_dim"], cos: Float[Tensor, "S head_dim"], sin: Float[Tensor, "S head_dim"]
+) -> Float[Tensor, "B H S head_dim"]:
     """Return x [B, H, S, head_dim] turned by its positions' angles, in x's dtype."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
@@ -49,10 +54,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LayerCache:
     """Keys and values of one layer, [B, Hkv, capacity, head_dim], filled from the left."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(
+        self, keys: Float[Tensor, "B Hkv capacity head_dim"], values: Float[Tensor, "B Hkv capacity head_dim"]
+    ) -> None:
         self.keys, self.values, self.length = keys, values, 0
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, keys: Float[Tensor, "B Hkv S head_dim"], values: Float[Tensor, "B Hkv S head_dim"]
+    ) -> tuple[Float[Tensor, "B Hkv P head_dim"], Float[Tensor, "B Hkv P head_dim"]]:
         """Store [B, Hkv, S, head_dim] behind what is there; return everything stored so far."""
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
@@ -109,7 +118,9 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(head_dim if per_head else num_heads * head_dim, norm_eps)
             self.key_norm = RMSNorm(head_dim if per_head else num_kv_heads * head_dim, norm_eps)
 
-    def _heads(self, x: Tensor, num_heads: int, norm: RMSNorm | None) -> Tensor:
+    def _heads(
+        self, x: Float[Tensor, "B S _"], num_heads: int, norm: RMSNorm | None
+    ) -> Float[Tensor, "B H S head_dim"]:
         if norm is not None and self.qk_norm == "width":
             x = norm(x)
         x = x.unflatten(-1, (num_heads, self.head_dim))
@@ -117,7 +128,13 @@ class Attention(nn.Module):
             x = norm(x)
         return x.transpose(1, 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        cos: Float[Tensor, "S head_dim"],
+        sin: Float[Tensor, "S head_dim"],
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "B S D"]:
         """Return attention over x and, with a cache, over everything before it; the cache is extended."""
         normed = self.qk_norm != "none"
         q = rotate(self._heads(self.query(x), self.num_heads, self.query_norm if normed else None), cos, sin)

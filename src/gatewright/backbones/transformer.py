@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
@@ -19,7 +20,7 @@ class DecoderOutput(NamedTuple):
     ("layers.3.router").
     """
 
-    logits: Tensor
+    logits: Float[Tensor, "B S V"]
     stats: Stats
 
 
@@ -46,8 +47,13 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, capture: bool = False
-    ) -> tuple[Tensor, Stats]:
+        self,
+        x: Float[Tensor, "B S D"],
+        cos: Float[Tensor, "S head_dim"],
+        sin: Float[Tensor, "S head_dim"],
+        cache: LayerCache | None = None,
+        capture: bool = False,
+    ) -> tuple[Float[Tensor, "B S D"], Stats]:
         """Return the block's output and the Stats of its router (empty for a dense block)."""
         x = x + self.attention(self.attention_norm(x), cos, sin, cache)
         normed = self.feed_forward_norm(x)
@@ -125,7 +131,9 @@ class Decoder(nn.Module):
             ]
         )
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, capture: bool = False) -> DecoderOutput:
+    def forward(
+        self, tokens: Int64[Tensor, "B S"], cache: KVCache | None = None, capture: bool = False
+    ) -> DecoderOutput:
         """Return logits and Stats. With a cache, `tokens` continue it; with `capture`, Stats hold every
         token's way.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from gatewright.errors import UserError, did_you_mean
@@ -41,7 +42,7 @@ def _pointwise_backward(name: str, grad: Tensor, h: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, h)
 
 
-def activate(name: str, h: Tensor) -> Tensor:
+def activate(name: str, h: Float[Tensor, "*rows _"]) -> Float[Tensor, "*rows _"]:
     """Return the activation of h: [..., 2F] -> [..., F] when gated (gate half first), else [..., F] -> [...,
     F].
 
@@ -53,7 +54,9 @@ def activate(name: str, h: Tensor) -> Tensor:
     return _pointwise(GATED[name], gate) * up
 
 
-def activate_backward(name: str, grad: Tensor, h: Tensor) -> Tensor:
+def activate_backward(
+    name: str, grad: Float[Tensor, "*rows _"], h: Float[Tensor, "*rows H"]
+) -> Float[Tensor, "*rows H"]:
     """Return the gradient with respect to h, given the gradient of `activate(name, h)`."""
     if not is_gated(name):
         return _pointwise_backward(name, grad, h)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gatewright.errors import UserError, did_you_mean
@@ -28,8 +29,12 @@ def choose_backend(name: str | None = None) -> tuple[str, str]:
 
 
 def expert_mlp(
-    x: Tensor, plan: DispatchPlan, combine_weights: Tensor, weights: ExpertWeights, backend: str | None = None
-) -> Tensor:
+    x: Float[Tensor, "T D"],
+    plan: DispatchPlan,
+    combine_weights: Float[Tensor, "T K"],
+    weights: ExpertWeights,
+    backend: str | None = None,
+) -> Float[Tensor, "T D"]:
     """Return y [T, D]: the planned rows of x [T, D] through their experts, combined with weights [T, K].
 
     Args: `combine_weights` in at least fp32 for low-precision x; `backend` as `choose_backend` takes it.
@@ -39,8 +44,8 @@ def expert_mlp(
 
 
 def expert_mlp_sorted(
-    rows: Tensor, counts: Tensor, weights: ExpertWeights, backend: str | None = None
-) -> Tensor:
+    rows: Float[Tensor, "M D"], counts: Int64[Tensor, "E"], weights: ExpertWeights, backend: str | None = None
+) -> Float[Tensor, "M D"]:
     """Return each sorted row's expert output [M, D] -> [M, D]; `counts` [E]: what an all-to-all leaves on
     a rank.
     """

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,7 +27,9 @@ def _aligned(*tensors: Tensor) -> bool:
     return all(t.dtype in _GROUPED_DTYPES and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
 
 
-def _rows_times_weights(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+def _rows_times_weights(
+    rows: Float[Tensor, "M A"], weights: Float[Tensor, "E A B"], counts: Int64[Tensor, "E"]
+) -> Float[Tensor, "M B"]:
     """Return rows [M, A] times weights [E, A, B] by group -> [M, B]; `weights` may be a transposed view."""
     offsets = counts.cumsum(0, dtype=torch.int32)
     stored = weights if weights.is_contiguous() else weights.mT
@@ -41,7 +44,9 @@ def _rows_times_weights(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor
     return out
 
 
-def _outer_by_group(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+def _outer_by_group(
+    left: Float[Tensor, "M A"], right: Float[Tensor, "M B"], counts: Int64[Tensor, "E"]
+) -> Float[Tensor, "E A B"]:
     """Return left[group].T @ right[group] -> [E, A, B] for left [M, A], right [M, B]: the weights'
     gradient.
     """
@@ -57,7 +62,7 @@ def _outer_by_group(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-def _gather_sum(rows: Tensor, plan: DispatchPlan) -> Tensor:
+def _gather_sum(rows: Float[Tensor, "M D"], plan: DispatchPlan) -> Float[Tensor, "T D"]:
     """Return sum_k rows[slots[t, k]] -> [T, D], dropped slots adding nothing; sums in at least fp32."""
     num_tokens, num_selected = plan.slots.shape
     if num_tokens == 0 or rows.shape[0] == 0:
@@ -72,7 +77,7 @@ def _gather_sum(rows: Tensor, plan: DispatchPlan) -> Tensor:
     return F.embedding_bag(slots, wide, mode="sum").to(rows.dtype)
 
 
-def _by_row(values: Tensor, plan: DispatchPlan) -> Tensor:
+def _by_row(values: Float[Tensor, "T K"], plan: DispatchPlan) -> Float[Tensor, "M"]:
     """Return values [T, K] in sorted-row order, [M]."""
     flat = plan.slots.reshape(-1)
     out = values.new_empty(plan.token_ids.shape[0])
@@ -84,7 +89,7 @@ def _by_row(values: Tensor, plan: DispatchPlan) -> Tensor:
     return out
 
 
-def _by_slot(values: Tensor, plan: DispatchPlan) -> Tensor:
+def _by_slot(values: Float[Tensor, "M"], plan: DispatchPlan) -> Float[Tensor, "T K"]:
     """Return values [M] at their [T, K] slots, zero where dropped."""
     if plan.all_kept:
         return values.index_select(0, plan.slots.reshape(-1)).view_as(plan.slots)
@@ -135,7 +140,9 @@ class _GroupedExperts(torch.autograd.Function):
         return grad_x, grad_weights, grad_w_in, grad_w_down, None, None
 
 
-def expert_mlp(x: Tensor, plan: DispatchPlan, combine_weights: Tensor, weights: ExpertWeights) -> Tensor:
+def expert_mlp(
+    x: Float[Tensor, "T D"], plan: DispatchPlan, combine_weights: Float[Tensor, "T K"], weights: ExpertWeights
+) -> Float[Tensor, "T D"]:
     """Return y [T, D] as `reference.expert_mlp` does, by grouped matmuls. Once differentiable."""
     out: Tensor = _GroupedExperts.apply(
         x, combine_weights, weights.w_in, weights.w_down, weights.activation, plan
@@ -143,7 +150,9 @@ def expert_mlp(x: Tensor, plan: DispatchPlan, combine_weights: Tensor, weights: 
     return out
 
 
-def expert_mlp_sorted(rows: Tensor, counts: Tensor, weights: ExpertWeights) -> Tensor:
+def expert_mlp_sorted(
+    rows: Float[Tensor, "M D"], counts: Int64[Tensor, "E"], weights: ExpertWeights
+) -> Float[Tensor, "M D"]:
     """Return each sorted row's expert output [M, D]; `counts` [E] rows per expert, summing to M."""
     order = torch.arange(rows.shape[0], device=rows.device)
     plan = DispatchPlan(token_ids=order, counts=counts, slots=order.unsqueeze(-1), all_kept=True)

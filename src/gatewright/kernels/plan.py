@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -18,9 +19,9 @@ class DispatchPlan:
     dispatching is too.
     """
 
-    token_ids: Tensor
-    counts: Tensor
-    slots: Tensor
+    token_ids: Int64[Tensor, "M"]
+    counts: Int64[Tensor, "E"]
+    slots: Int64[Tensor, "T K"]
     all_kept: bool
 
     @property
@@ -42,6 +43,6 @@ class ExpertWeights:
     is [E, D, F].
     """
 
-    w_in: Tensor
-    w_down: Tensor
+    w_in: Float[Tensor, "E _ D"]
+    w_down: Float[Tensor, "E D F"]
     activation: str

@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gatewright.kernels.activations import activate
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 
 
-def expert_mlp_sorted(rows: Tensor, counts: Tensor, weights: ExpertWeights) -> Tensor:
+def expert_mlp_sorted(
+    rows: Float[Tensor, "M D"], counts: Int64[Tensor, "E"], weights: ExpertWeights
+) -> Float[Tensor, "M D"]:
     """Return each row's expert output, [M, D] -> [M, D]; rows are grouped by expert, `counts` [E] rows each.
 
     Equation: FFN_e(x) = w_down[e] act(w_in[e] x), without biases.
@@ -24,7 +27,9 @@ def expert_mlp_sorted(rows: Tensor, counts: Tensor, weights: ExpertWeights) -> T
     return torch.cat(out) if out else rows
 
 
-def combine(out: Tensor, plan: DispatchPlan, combine_weights: Tensor) -> Tensor:
+def combine(
+    out: Float[Tensor, "M D"], plan: DispatchPlan, combine_weights: Float[Tensor, "T K"]
+) -> Float[Tensor, "T D"]:
     """Return y [T, D], y_t = sum_k combine_weights[t, k] * out[slots[t, k]]; a dropped choice adds zero.
 
     Sums in at least fp32 and returns the dtype of `out`.
@@ -37,7 +42,9 @@ def combine(out: Tensor, plan: DispatchPlan, combine_weights: Tensor) -> Tensor:
     return torch.where(kept.unsqueeze(-1), weighted, 0).sum(dim=1).to(out.dtype)
 
 
-def expert_mlp(x: Tensor, plan: DispatchPlan, combine_weights: Tensor, weights: ExpertWeights) -> Tensor:
+def expert_mlp(
+    x: Float[Tensor, "T D"], plan: DispatchPlan, combine_weights: Float[Tensor, "T K"], weights: ExpertWeights
+) -> Float[Tensor, "T D"]:
     """Return y [T, D]: gather the planned rows of x [T, D], run their experts, combine with weights [T,
     K].
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gatewright.parts.stats import RouterStats, Stats
@@ -19,7 +20,7 @@ def _per_token(total: Tensor, record: RouterStats) -> Tensor:
     return total / record.tokens.clamp(min=1).to(total.dtype)
 
 
-def balance_loss(stats: Stats) -> Tensor:
+def balance_loss(stats: Stats) -> Float[Tensor, ""]:
     """Return the load-balance loss, a 0-d tensor.
 
     Equation: Switch Transformer eq 4-6, for any K: mean over routers of E * sum_e f_e P_e, with f_e =
@@ -39,7 +40,7 @@ def balance_loss(stats: Stats) -> Tensor:
     return _mean_over_routers(losses)
 
 
-def z_loss(stats: Stats) -> Tensor:
+def z_loss(stats: Stats) -> Float[Tensor, ""]:
     """Return the router z-loss, a 0-d tensor: mean over routers and tokens of logsumexp(logits)^2.
 
     Equation: ST-MoE eq 5; OLMoE eq 4. Value when all logits are 0: (ln E)^2. The papers sum over layers where
@@ -59,7 +60,7 @@ class _Attach(torch.autograd.Function):
         return grad_y, torch.ones_like(ctx.loss_like)
 
 
-def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
+def attach_loss(y: Float[Tensor, "*shape"], loss: Float[Tensor, ""]) -> Float[Tensor, "*shape"]:
     """Return y unchanged, with `loss` (0-d) riding on it: backward through y adds the loss's gradient once.
 
     Only for places where nothing can be returned (pipeline stages, foreign models). Equal to adding `loss` to

@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from gatewright.errors import UserError
@@ -62,7 +63,7 @@ def make_plan(assignment: Assignment, capacity: int | None = None) -> DispatchPl
     )
 
 
-def count_assignments(assignment: Assignment) -> Tensor:
+def count_assignments(assignment: Assignment) -> Int64[Tensor, "E"]:
     """Return assignments per expert before capacity, [E] int64; empty places are not counted."""
     flat = assignment.experts.reshape(-1)
     return torch.bincount(flat + 1, minlength=assignment.num_experts + 1)[1:]

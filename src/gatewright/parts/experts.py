@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewright.errors import UserError
@@ -38,7 +39,7 @@ class MLP(nn.Module):
         _fan_in_normal(self.w_in)
         _fan_in_normal(self.w_down)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Return FFN(x), shape and dtype of x."""
         return F.linear(activate(self.activation, F.linear(x, self.w_in)), self.w_down)
 
@@ -68,8 +69,12 @@ class Experts(nn.Module):
         _fan_in_normal(self.w_down)
 
     def forward(
-        self, x: Tensor, plan: DispatchPlan, combine_weights: Tensor, backend: str | None = None
-    ) -> Tensor:
+        self,
+        x: Float[Tensor, "T D"],
+        plan: DispatchPlan,
+        combine_weights: Float[Tensor, "T K"],
+        backend: str | None = None,
+    ) -> Float[Tensor, "T D"]:
         """Return y [T, D] for x [T, D]: each token's experts, combined with its weights [T, K]."""
         weights = ExpertWeights(self.w_in.to(x.dtype), self.w_down.to(x.dtype), self.activation)
         return expert_mlp(x, plan, combine_weights, weights, backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gatewright.errors import UserError
@@ -70,7 +71,9 @@ class MoELayer(nn.Module):
             MLP(width, num_shared_experts * expert_width, activation) if num_shared_experts else None
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, capture: bool = False) -> tuple[Tensor, Stats]:
+    def forward(
+        self, x: Float[Tensor, "*batch D"], mask: Tensor | None = None, capture: bool = False
+    ) -> tuple[Float[Tensor, "*batch D"], Stats]:
         """Return (y, Stats). `mask` [...] bool: False = padding, which takes no capacity, enters no
         statistic and gets 0.
         """
@@ -109,11 +112,11 @@ def _activation_dtype(x: Tensor) -> Tensor:
 
 
 def _record(
-    logits: Tensor,
-    scores: Tensor,
+    logits: Float[Tensor, "T E"],
+    scores: Float[Tensor, "T E"],
     assignment: Assignment,
     plan: DispatchPlan,
-    mask: Tensor | None,
+    mask: Bool[Tensor, "T"] | None,
     capture: bool,
 ) -> RouterStats:
     """Reduce one call to its sufficient statistics."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from gatewright.errors import UserError, did_you_mean
@@ -26,8 +27,8 @@ class Assignment:
     gradient, E experts.
     """
 
-    experts: Tensor
-    weights: Tensor
+    experts: Int64[Tensor, "T K"]
+    weights: Float[Tensor, "T K"]
     num_experts: int
 
     @property
@@ -60,19 +61,19 @@ class Router(nn.Module):
         std = self.weight.shape[1] ** -0.5 if std is None else std
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Return logits [T, E] in `dtype` (float64 input stays float64)."""
         wide = torch.float64 if x.dtype == torch.float64 else self.dtype
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(wide), self.weight.to(wide))
 
 
-def softmax_scores(logits: Tensor) -> Tensor:
+def softmax_scores(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
     """Return p = softmax(logits) over experts, [T, E] -> [T, E] (Switch Transformer, eq 1)."""
     return torch.softmax(logits, dim=-1)
 
 
-def select_top(scores: Tensor, num_selected: int) -> Tensor:
+def select_top(scores: Float[Tensor, "T E"], num_selected: int) -> Int64[Tensor, "T K"]:
     """Return the ids [T, K] of the K highest scores [T, E], highest first; among equals the lowest expert id
     first.
 
@@ -118,7 +119,11 @@ def check_selection(num_experts: int, num_selected: int, weights: str) -> None:
 
 
 def token_choice(
-    logits: Tensor, scores: Tensor, num_selected: int, weights: WeightForm = "raw", mask: Tensor | None = None
+    logits: Float[Tensor, "T E"],
+    scores: Float[Tensor, "T E"],
+    num_selected: int,
+    weights: WeightForm = "raw",
+    mask: Bool[Tensor, "T"] | None = None,
 ) -> Assignment:
     """Return the assignment in which each token takes its K best experts.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -22,19 +23,19 @@ class RouterStats:
     """
 
     num_selected: int
-    tokens: Tensor
-    counts: Tensor
-    kept: Tensor
-    dropped_by_rank: Tensor
-    unrouted: Tensor
-    score_sums: Tensor
-    logsumexp_sum: Tensor
-    logsumexp_square_sum: Tensor
-    nonfinite: Tensor
-    logits: Tensor | None = None
-    scores: Tensor | None = None
-    experts: Tensor | None = None
-    combine_weights: Tensor | None = None
+    tokens: Int64[Tensor, ""]
+    counts: Int64[Tensor, "E"]
+    kept: Int64[Tensor, "E"]
+    dropped_by_rank: Int64[Tensor, "K"]
+    unrouted: Int64[Tensor, ""]
+    score_sums: Float[Tensor, "E"]
+    logsumexp_sum: Float[Tensor, ""]
+    logsumexp_square_sum: Float[Tensor, ""]
+    nonfinite: Int64[Tensor, ""]
+    logits: Float[Tensor, "T E"] | None = None
+    scores: Float[Tensor, "T E"] | None = None
+    experts: Int64[Tensor, "T K"] | None = None
+    combine_weights: Float[Tensor, "T K"] | None = None
 
     @property
     def num_experts(self) -> int:
