@@ -22,6 +22,7 @@ EQUAL_SCORES = Case(5, 3, 6, 3, 5, "gelu", "renormalised", 0, 0.9, None, "ties")
 ALIGNED = Case(9, 8, 5, 2, 8, "swiglu", "softmax_selected", 1, 1.0)
 
 
+@pytest.mark.timeout(400)  # seconds of work, but a busy machine stretches the longest test first
 @repeatable(200)
 @given(case=cases())
 @example(case=EMPTY_EXPERTS)
@@ -40,6 +41,7 @@ def test_fp64_equals_the_oracle(case: Case):
         assert_equal(through_library(case, backend), expected, 1e-12)
 
 
+@pytest.mark.timeout(400)
 @repeatable(100)
 @given(case=cases(widths=st.sampled_from((1, 3, 4, 5, 8, 12))))
 @example(case=EMPTY_EXPERTS)
