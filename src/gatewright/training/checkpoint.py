@@ -243,5 +243,5 @@ def restore_optimizer(optimizer: Any, names: Mapping[Tensor, str], tensors: Mapp
     for parameter, name in names.items():
         if name in by_name:
             optimizer.state[parameter] = {
-                key: value.to(parameter.device) for key, value in by_name[name].items()
+                key: value.to(parameter.device, copy=True) for key, value in by_name[name].items()
             }

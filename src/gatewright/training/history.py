@@ -4,6 +4,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -73,5 +74,5 @@ class History:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> History:
-        """Return what `to_dict` gave."""
-        return cls(**data)
+        """Return what `to_dict` gave, sharing nothing with it."""
+        return cls(**copy.deepcopy(data))
