@@ -109,8 +109,8 @@ def curves(page: Page) -> None:
         body += paragraph("Dotted lines: the same model with averaged weights.", "note")
     if any(text(point, "weights") == "averaged" for run in record.runs for point in rows(run.side, "curve")):
         body += paragraph(
-            "Before the learning rate decays, the averaged weights are evaluated, so that points of a "
-            "constant rate compare; from then on the live ones.",
+            "Points before the end are of averaged weights, where recorded as such, so that those at a "
+            "constant rate compare; the last is of the model as trained.",
             "note",
         )
     body += paragraph(

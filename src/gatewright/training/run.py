@@ -49,7 +49,7 @@ class LoopSettings:
     clip: float = 1.0
     """largest norm of the gradient; 0 is no clipping"""
     ema: float = 0.99
-    """decay per step of the averaged weights that evaluations before the decay phase use; 0 is off"""
+    """decay per step of the averaged weights that evaluations before the last one use; 0 is off"""
     precision: Precision = "fp32"
     """fp32, or bf16 for all matmuls but the routers' (weights and optimizer stay fp32)"""
     router_dtype: Precision = "fp32"

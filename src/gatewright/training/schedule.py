@@ -34,10 +34,3 @@ def rate_factor(
         start = max(warmup_steps, 1)
         return warm * math.sqrt(start / max(step + 1, start))
     return warm
-
-
-def in_decay(schedule: str, progress: float, decay_share: float) -> bool:
-    """Return whether the rate is already falling, so that averaged weights would lag behind."""
-    if schedule == "wsd":
-        return progress > 1 - decay_share
-    return schedule in ("cosine", "inverse_sqrt")

@@ -22,7 +22,7 @@ from gatewright.training.history import History
 from gatewright.training.optimizer import AveragedWeights, build_adamw, clip_gradients
 from gatewright.training.precision import autocast, set_router_dtype
 from gatewright.training.run import TrainRun, require_finite
-from gatewright.training.schedule import in_decay, rate_factor
+from gatewright.training.schedule import rate_factor
 
 
 class Trainer:
@@ -161,14 +161,12 @@ class Trainer:
     def evaluate(self) -> Bits:
         """Return bits per byte on the validation text and add a point to the curve.
 
-        Before the decay phase the averaged weights are evaluated, so that points of a constant rate compare;
-        from then on the live ones.
+        Until the budget is spent the averaged weights are evaluated, so that points of a constant rate
+        compare and none jumps; the last evaluation is of the live ones.
         """
-        averaged = self.average is not None and not in_decay(
-            self.run.schedule, self.progress, self.run.decay_share
-        )
-        if averaged and self.average is not None:
-            self.average.swap()
+        averaged = self.average if self.progress < 1 else None
+        if averaged is not None:
+            averaged.swap()
         bits = bits_per_byte(
             self.model,
             self.validation_text,
@@ -177,8 +175,8 @@ class Trainer:
             batch_size=self.micro_size,
             autocast=autocast(self.run.precision, self.device),
         )
-        if averaged and self.average is not None:
-            self.average.swap()
+        if averaged is not None:
+            averaged.swap()
         self.history.curve.append(
             {
                 "step": self.step,
@@ -187,7 +185,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "valid_bpb": bits.bits_per_byte,
                 "domains": bits.domains,
-                "weights": "averaged" if averaged else "live",
+                "weights": "live" if averaged is None else "averaged",
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
             }
         )
