@@ -89,8 +89,8 @@ def verdict(comparisons: list[Record], seeds_asked: int) -> Record:
     seed `held` is None.
 
     Headline: on the largest share of the documents, the sparse side of most parameters against the twin of
-    equal compute (or the only one). Held: the mean gap is above the spread of the gaps (max - min over seeds); with one seed, the gap is not
-    negative.
+    equal compute (or the only one). Held: the mean gap is above the spread of the gaps (max - min over
+    seeds); with one seed, the gap is not negative.
     """
     if not comparisons:
         sentence = "No verdict: the race was stopped before its first seed ended; --resume continues it."
