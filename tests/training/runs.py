@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import torch
 
+from gatewright.data import Corpus
+from gatewright.data.stream import TokenStream
+from gatewright.data.tokenizer import ByteTokenizer
 from gatewright.papers.mixtral import Settings
 from gatewright.training import TrainRun
 from gatewright.training.checkpoint import Checkpoint, newest_checkpoint
@@ -57,12 +63,10 @@ def write_text(root: Path, domains: tuple[str, ...] = ("alpha", "beta"), size: i
 
 
 def tiny_run(data: list[str], out: Path | str = "unused", steps: int = 20, **changes: Any) -> TrainRun:
-    """Return a run of `steps` steps on `data`; names of TINY in `changes` go to the model."""
-    model = TINY | {k: v for k, v in changes.items() if k in TINY}
-    loop = LOOP | {k: v for k, v in changes.items() if k not in TINY}
-    settings = Settings(**model)
-    if "model" in loop:
-        settings = loop.pop("model")
+    """Return a run of `steps` steps on `data`; names of the model's settings in `changes` go to the model."""
+    own = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**TINY | {k: v for k, v in changes.items() if k in own})
+    loop = LOOP | {k: v for k, v in changes.items() if k not in own}
     tokens = loop.pop("tokens", steps * loop["batch_tokens"])
     return TrainRun(**loop, model=settings, data=tuple(data), out=str(out), tokens=tokens)
 
@@ -108,3 +112,31 @@ def read_log(out: Path) -> list[Any]:
 def advance(trainer: Trainer, steps: int) -> list[float]:
     """Take steps and return their losses."""
     return [trainer.advance()["loss"] for _ in range(steps)]
+
+
+class FixedText:
+    """Stands in for a corpus: two sentences over and over, so that no room but training moves the numbers."""
+
+    domains = ("fixed",)
+    fingerprint = "fixed"
+    tokenizer = ByteTokenizer()
+
+    def __init__(
+        self, text: bytes = b"the quick brown fox jumps over the lazy dog; pack my box with jugs. "
+    ) -> None:
+        self.tokens = np.frombuffer(text * 40, dtype=np.uint8).astype(np.int64)
+
+    def stream(self, batch_size: int, context: int, *, seed: int = 0, fraction: float = 1.0) -> TokenStream:
+        """Return the text's windows in the order of a seed."""
+        return TokenStream(self.tokens, batch_size, context, seed)
+
+    def valid(self, domain: str) -> Any:
+        """Return the same text."""
+        return SimpleNamespace(tokens=self.tokens)
+
+
+def fixed_trainer(steps: int = 20, paper: str = "mixtral", model: Any = None, **changes: Any) -> Trainer:
+    """Return a trainer on FixedText; `changes` as `tiny_run` takes them."""
+    run = dataclasses.replace(tiny_run([], steps=steps, **changes), paper=paper)
+    run = run if model is None else dataclasses.replace(run, model=model)
+    return Trainer(run, cast(Corpus, FixedText()))

@@ -21,12 +21,13 @@ def build_adamw(model: nn.Module, run: LoopSettings, learning_rate: float) -> to
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
-    """Scale gradients to a total norm of at most `largest` (0: leave them) and return the norm before, a
-    0-d tensor.
+    """Scale gradients to a total norm of at most `largest` and return the norm before, a 0-d tensor.
+
+    They are left as they are where `largest` is 0 or the norm is not finite.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients, foreach=True)
-    if largest > 0:
+    if largest > 0 and norm.isfinite():
         nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
     return norm
 

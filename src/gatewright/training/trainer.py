@@ -103,9 +103,10 @@ class Trainer:
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
+        fault = "" if finite else self._nonfinite_line(loss_value, norm_value, stats)
         self.optimizer.zero_grad(set_to_none=True)
-        if not finite and self.run.on_nonfinite == "stop":
-            raise Diverged(self._nonfinite_line(loss_value, norm_value, stats))
+        if fault and self.run.on_nonfinite == "stop":
+            raise Diverged(fault)
         self.step += 1
         took = time.perf_counter() - started
         self.seconds += took
@@ -146,7 +147,12 @@ class Trainer:
 
     def _nonfinite_line(self, loss: float, norm: float, stats: dict[str, Any]) -> str:
         layers = [name for name, counted in stats.items() if int(counted["nonfinite"])]
-        where = f"first seen in the logits of {layers[0]}" if layers else "no router's logits are touched"
+        if layers:
+            where = f"first seen in the logits of {layers[0]}"
+        else:
+            # Backward runs from the end of the model: the last parameter is the first that was touched.
+            own = [n for p, n in self._names.items() if p.grad is not None and not p.grad.isfinite().all()]
+            where = f"first seen in the gradient of {own[-1]}" if own else "first seen in the loss"
         return (
             f"step {self.step + 1} of {self.name}: loss {loss}, gradient norm {norm}; {where}; the weights "
             "are those of the step "
