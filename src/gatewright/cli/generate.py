@@ -45,13 +45,14 @@ def work(argv: list[str], common: Common, stdout: TextIO) -> Outcome:
     model: Any = loaded.model
     start, reader, pieces = time.monotonic(), TextStream(loaded.tokenizer), [s.prompt]
     show = str if common.json else stdout.write
-    show(s.prompt)
     end = loaded.tokenizer.eot
     drawing = {
         key: value for key, value in vars(s).items() if key in ("temperature", "top_p", "top_k", "seed")
     }
     ids = [end, *loaded.tokenizer.encode(s.prompt).tolist()]
-    for token in stream(model, ids, max_new_tokens=s.max_new_tokens, stop=[end], **drawing):
+    drawn = stream(model, ids, max_new_tokens=s.max_new_tokens, stop=[end], **drawing)
+    show(s.prompt)  # after stream has checked its arguments: a mistake prints its line and nothing else
+    for token in drawn:
         pieces.append(reader.push(token))
         show(pieces[-1])
         stdout.flush()
