@@ -46,9 +46,7 @@ def work(argv: list[str], common: Common, stdout: TextIO) -> Outcome:
     start, reader, pieces = time.monotonic(), TextStream(loaded.tokenizer), [s.prompt]
     show = str if common.json else stdout.write
     end = loaded.tokenizer.eot
-    drawing = {
-        key: value for key, value in vars(s).items() if key in ("temperature", "top_p", "top_k", "seed")
-    }
+    drawing = {key: getattr(s, key) for key in ("temperature", "top_p", "top_k", "seed")}
     ids = [end, *loaded.tokenizer.encode(s.prompt).tolist()]
     drawn = stream(model, ids, max_new_tokens=s.max_new_tokens, stop=[end], **drawing)
     show(s.prompt)  # after stream has checked its arguments: a mistake prints its line and nothing else
