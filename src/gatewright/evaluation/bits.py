@@ -64,7 +64,6 @@ def bits_per_byte(
                     logits.float().flatten(0, 1),
                     targets.to(device).flatten(),
                     reduction="sum",
-                    ignore_index=-1,
                 )
                 total += losses.double().cpu()
             nats[domain], sizes[domain] = float(total), int(byte_lengths[tokens[1:]].sum())
@@ -81,11 +80,14 @@ def bits_per_byte(
 
 
 def _windows(tokens: np.ndarray, context: int, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut into [batch, context] inputs and targets; the last window is padded with ignored targets."""
+    """Cut into [batch, context] inputs and targets; what is left over is a last window of its own length.
+
+    Padding it would change how many tokens an expert with a capacity may take.
+    """
     flat = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
-    inputs, targets = flat[:-1], flat[1:]
-    rows = -(-inputs.shape[0] // context)
-    spare = rows * context - inputs.shape[0]
-    inputs = F.pad(inputs, (0, spare), value=0).view(rows, context)
-    targets = F.pad(targets, (0, spare), value=-1).view(rows, context)
-    return list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True)) if rows else []
+    rows, rest = divmod(max(flat.shape[0] - 1, 0), context)
+    places = torch.arange(rows * context).view(rows, context)
+    batches = list(places.split(batch_size)) if rows else []
+    if rest:
+        batches.append(torch.arange(rows * context, rows * context + rest)[None])
+    return [(flat[place], flat[place + 1]) for place in batches]

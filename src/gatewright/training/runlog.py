@@ -54,8 +54,8 @@ class RunLog:
         # Beside and renamed: a kill in the middle must not cost lines that the checkpoint counts as written.
         write_atomic(self.path, "".join(kept))
         with _failing_as_run(out):
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
             self._board = _Board(out / "tensorboard", step + 1)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
         """Add one record; `kind` is "step" or "evaluation". What is not finite becomes null in log.jsonl."""
