@@ -50,7 +50,7 @@ def test_load_and_drops_are_shares_of_the_assignments_since_the_last_record():
     assert history.load == {"r": [[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]]}
     assert history.dropped == {"r": [0.25, 0.0]}
     # Busiest expert: all of the load where an even share is 1/4; three idle.
-    assert load_line(history) == "load max/mean 4.00, idle 3, dropped 0.0 %"
+    assert load_line(history) == "load 4.00, idle 3, drop 0.0 %"
     assert load_line(History()) == ""
 
 
@@ -146,7 +146,7 @@ def test_progress_off_a_terminal_is_plain_lines_now_and_then():
     first, said, last = stream.getvalue().splitlines()
     assert first == "olmoe:  10.0 %  loss 3"
     assert said == "step 5: 1.2 bits per byte"
-    assert last.startswith("olmoe: 100.0 %  loss 1  left 0:00")
+    assert last.startswith("olmoe: 100.0 %  left 0:00  loss 1")
 
 
 def test_the_time_left_is_that_at_the_pace_since_the_start(monkeypatch: pytest.MonkeyPatch):
@@ -157,7 +157,7 @@ def test_the_time_left_is_that_at_the_pace_since_the_start(monkeypatch: pytest.M
     # Resumed at 40 %: 10 % in 30 s leave 50 % for 150 s.
     progress.update(0.4, "a")
     progress.update(0.5, "b")
-    assert stream.getvalue().splitlines()[1] == "run:  50.0 %  b  left 2:30"
+    assert stream.getvalue().splitlines()[1] == "run:  50.0 %  left 2:30  b"
 
 
 def test_on_a_terminal_a_bar_is_drawn():

@@ -129,7 +129,9 @@ def _loop(trainer: Trainer, out: Path, log: RunLog, progress: Progress) -> bool:
             if record["step"] % run.log_every == 0:
                 log.write("step", record)
                 rate = trainer.step_tokens / max(record["step_seconds"], 1e-9)
-                state = f"loss {record['loss']:.3f}  {rate:,.0f} tokens/s  {load_line(trainer.history)}"
+                state = (
+                    f"loss {record['loss']:.3f}  {rate / 1000:.1f}k tokens/s  {load_line(trainer.history)}"
+                )
                 progress.update(trainer.progress, state)
             if evaluation_is_due(trainer):
                 bits = trainer.evaluate()

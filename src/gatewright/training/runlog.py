@@ -29,8 +29,8 @@ def duration(seconds: float) -> str:
 
 
 def load_line(history: History) -> str:
-    """Return the latest expert load as "load max/mean 1.43, idle 0, dropped 0.0 %", over all routers; ""
-    for a dense model.
+    """Return "load 1.43, idle 0, drop 0.0 %": the busiest expert's load over the mean, experts without a
+    token and the share of dropped assignments, over all routers since the last record; "" if dense.
     """
     if not history.load:
         return ""
@@ -38,7 +38,7 @@ def load_line(history: History) -> str:
     worst = max(max(shares) * len(shares) for shares in latest)
     idle = sum(share == 0 for shares in latest for share in shares)
     dropped = max(values[-1] for values in history.dropped.values())
-    return f"load max/mean {worst:.2f}, idle {idle}, dropped {100 * dropped:.1f} %"
+    return f"load {worst:.2f}, idle {idle}, drop {100 * dropped:.1f} %"
 
 
 class RunLog:
@@ -150,7 +150,7 @@ class Progress:
 
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=10),
                 TextColumn("{task.fields[state]}"),
             )
             self._bar = RichProgress(*columns, console=Console(file=self.stream))
@@ -176,7 +176,9 @@ class Progress:
             self._start_share, self._started = share, now
         done = share - self._start_share
         left = (now - self._started) * (1 - share) / done if done > 0 else math.nan
-        state = f"{100 * share:5.1f} %  {state}" + ("" if math.isnan(left) else f"  left {duration(left)}")
+        # What fits into 80 columns comes first: share, time left, loss.
+        time_left = "" if math.isnan(left) else f"left {duration(left)}  "
+        state = f"{100 * share:5.1f} %  {time_left}{state}"
         if self._bar is not None:
             self._bar.update(self._task, completed=share, state=state)
         elif now - self._last >= self.every or share >= 1:
