@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gatewright.experiments.race as race
 import gatewright.training.checkpoint as checkpoint
 import gatewright.training.loop as loop
 import gatewright.training.result as result
@@ -82,7 +83,7 @@ def child(request: dict[str, Any], folder: Path, outputs: list[int]) -> None:
             os.dup2(output, descriptor)
         os.environ["GATEWRIGHT_CACHE"] = request["cache"]
         if not request.get("report"):
-            loop.write_report = lambda *_: None  # type: ignore[assignment]
+            loop.write_report = race.write_report = lambda *_: None  # type: ignore[assignment]
             result.routing_record = lambda _: {"specialisation": None, "token_view": None}
         if "kill_event" in request:
             count_events(request["kill_event"], folder / "events")

@@ -14,7 +14,7 @@ from gatewright.data import Corpus
 from gatewright.experiments.compare import compare_sides, scaling_curve, small_data_curve, triangle, verdict
 from gatewright.experiments.race_run import RaceRun, Side, race_sides
 from gatewright.inspection import write_report
-from gatewright.training.checkpoint import save_checkpoint
+from gatewright.training.checkpoint import clear_leftovers, save_checkpoint
 from gatewright.training.interrupt import StopRequest, stop_on_signals
 from gatewright.training.loop import evaluation_is_due, prepare, refuse_used, resume_or_begin, write_result
 from gatewright.training.result import data_record, side_record
@@ -120,6 +120,7 @@ def race(run: RaceRun) -> RaceResult:
             check_text(side.run, corpus)
         records, stopped = [], False
         with own_folder(out), stop_on_signals() as stop:
+            clear_leftovers(out)
             _keep_settings(run, out, plans[run.first_seed][-1])
             for number, seed in enumerate(seeds):
                 with _lanes(plans[seed], corpus, progress) as lanes:

@@ -11,7 +11,7 @@ from typing import Any
 from gatewright.data import Corpus
 from gatewright.errors import Diverged, RunFailure, UserError
 from gatewright.experiments.race_run import RaceRun, Side, race_sides
-from gatewright.training.checkpoint import newest_checkpoint, save_checkpoint, write_atomic
+from gatewright.training.checkpoint import clear_leftovers, newest_checkpoint, save_checkpoint, write_atomic
 from gatewright.training.interrupt import StopRequest, stop_on_signals
 from gatewright.training.loop import prepare
 from gatewright.training.runlog import Progress
@@ -100,6 +100,7 @@ def _run_entry(side: Side, rate: float, corpus: Corpus, out: Path, show: Show, s
     run = dataclasses.replace(side.run, learning_rate=rate, evaluations=1, ema=0.0)
     folder = out / "sweep-checkpoints" / f"{side.name}-{rate:g}"
     trainer = Trainer(run, corpus, side.name)
+    clear_leftovers(folder)
     held = newest_checkpoint(folder)
     if held is not None:
         trainer.restore(held)
@@ -115,9 +116,8 @@ def _run_entry(side: Side, rate: float, corpus: Corpus, out: Path, show: Show, s
             if stop:
                 save_checkpoint(folder, trainer.checkpoint(), 1)
                 raise RunFailure(f"stopped at {side.name}, rate {rate:g}; the same command goes on from here")
-            trainer.advance()
+            loss = trainer.advance()["loss"]
             if trainer.step % run.log_every == 0:
-                loss = trainer.history.log[-1]["loss"]
                 show(trainer.progress, f"{side.name} at {rate:g}: loss {loss:.3f}")
             if trainer.step % run.checkpoint_every == 0:
                 save_checkpoint(folder, trainer.checkpoint(), 1)
