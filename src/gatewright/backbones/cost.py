@@ -35,9 +35,14 @@ def on_no_memory() -> Iterator[None]:
     """Within it, build models of any size as shapes alone: on the meta device, no weight drawn.
 
     A draw on the meta device would make torch load its compiler: seconds, for numbers that do not exist.
+    Raises: UserError for sizes that no tensor can have.
     """
-    with torch.device("meta"), _WithoutDraws():
-        yield
+    try:
+        with torch.device("meta"), _WithoutDraws():
+            yield
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"no model can have these sizes ({reason}); allowed: smaller ones") from None
 
 
 @dataclass(frozen=True)

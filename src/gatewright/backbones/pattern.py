@@ -18,6 +18,8 @@ def moe_pattern(pattern: str, num_layers: int) -> tuple[bool, ...]:
     "every:2" makes layers 1, 3, 5, ... sparse (0-based), as Switch and GShard do; "first_dense:1" keeps layer
     0 dense (DeepSeekMoE); "last:2" makes the last two sparse (V-MoE).
     """
+    if num_layers < 1:
+        raise UserError(f"num_layers {num_layers}; allowed: 1 or more")
     name, _, number = pattern.partition(":")
     if pattern in ("all", "none"):
         return (pattern == "all",) * num_layers

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from gatewright.backbones import Cost, count_cost, moe_pattern, on_no_memory, per_layer
 from gatewright.errors import UserError
 from gatewright.papers.registry import get_paper
+from gatewright.training.run import require_finite
 
 Against = Literal["active", "total"]
 
@@ -36,7 +37,9 @@ def dense_twin(paper: str, settings: Any, against: Against = "active") -> Any:
     Dense layers of the original keep their width.
     Raises: UserError if the settings are dense already, or too small for 1 %.
     """
+    require_finite(settings)
     n = settings.num_layers
+    target = _measure(cost_of(paper, settings), against)
     pattern = moe_pattern(settings.moe_layers, n)
     if not any(pattern):
         raise UserError(
@@ -46,7 +49,6 @@ def dense_twin(paper: str, settings: Any, against: Against = "active") -> Any:
     experts = per_layer("num_experts", settings.num_experts, n)
     expert_width = per_layer("expert_width", settings.expert_width, n)
     kept = per_layer("ffn_width", settings.ffn_width, n)
-    target = _measure(cost_of(paper, settings), against)
     many = selected if against == "active" else experts
     base = [many[i] * expert_width[i] if sparse else kept[i] for i, sparse in enumerate(pattern)]
 

@@ -69,8 +69,9 @@ def prepare(run: LoopSettings, say: Any = None) -> Corpus:
 
 def refuse_used(out: Path, resume: bool, result: str) -> None:
     """Raise UserError if `out` is a file, or holds a run that this one would overwrite."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; allowed: a folder, new or of an earlier run; give another --out")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; allowed: a folder, new or of an earlier run; give another --out")
     if not resume and (
         (out / "checkpoints").exists() or (out / result).exists() or (out / "run.toml").exists()
     ):

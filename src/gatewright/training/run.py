@@ -82,6 +82,8 @@ class LoopSettings:
         _require_at_least(self, 1, "checkpoint_every", "keep_checkpoints", "log_every")
         _require_at_least(self, 0, "warmup_steps", "weight_decay", "clip", "threads", "adam_eps")
         require_seed(self, "data_seed")
+        if self.threads > 4096:
+            raise UserError(f"threads {self.threads}; allowed: 0 to 4096; 0 is torch's own choice")
         for name in ("decay_share", "final_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)}; allowed: 0 to 1; it is a share")
@@ -91,18 +93,20 @@ class LoopSettings:
 
 
 def require_finite(settings: Any) -> None:
-    """Raise UserError naming the first number of a settings dataclass that is NaN or infinite."""
+    """Raise UserError naming the first setting that is NaN, infinite or above 2**53."""
     for field in fields(settings):
         value = getattr(settings, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{field.name} {value}; allowed: finite numbers; give one")
+            if isinstance(number, int) and abs(number) > 2**53:
+                raise UserError(f"{field.name} {value}; allowed: up to 2**53; give a smaller number")
 
 
 def require_seed(settings: Any, name: str) -> None:
     """Raise UserError unless the seed is one that every generator takes."""
-    if not 0 <= getattr(settings, name) < 2**63:
-        raise UserError(f"{name} {getattr(settings, name)}; allowed: 0 to 2**63 - 1")
+    if getattr(settings, name) < 0:
+        raise UserError(f"{name} {getattr(settings, name)}; allowed: 0 or more")
 
 
 def _require_at_least(run: Any, least: int, *names: str) -> None:
