@@ -64,6 +64,15 @@ def test_a_restored_trainer_goes_on_bit_for_bit(halfway: tuple[TrainRun, Checkpo
     assert continued(run, corpus, middle) == golden
 
 
+def test_a_checkpoint_stays_as_it_is_while_a_trainer_goes_on_from_it(
+    halfway: tuple[TrainRun, Checkpoint, str], corpus: Corpus
+):
+    run, middle, _ = halfway
+    before = digest(middle)
+    continued(run, corpus, middle)
+    assert digest(middle) == before
+
+
 def test_every_saved_tensor_and_number_matters(halfway: tuple[TrainRun, Checkpoint, str], corpus: Corpus):
     run, middle, golden = halfway
     assert set(middle.tensors) == {"model", "optimizer", "average"}
