@@ -80,12 +80,13 @@ def evaluate_run(out: str | Path, options: EvalRun | None = None) -> EvalResult:
     with Progress("eval") as progress:
         loaded = load_run(out, device=options.device, averaged=options.averaged)
         run = loaded.run
-        tokenizer = run.tokenizer if not options.data else str(Path(out) / "tokenizer.json")
-        if loaded.tokenizer.name == "bytes":
-            tokenizer = "bytes"
-        corpus = open_corpus(
-            options.data or run.data, tokenizer=tokenizer, seed=run.data_seed, progress=progress.say
-        )
+        data = options.data or run.data
+        saved = "bytes" if loaded.tokenizer.name == "bytes" else str(Path(out) / "tokenizer.json")
+        given = saved if options.data else run.tokenizer
+        corpus = open_corpus(data, tokenizer=given, seed=run.data_seed, progress=progress.say)
+        if corpus.tokenizer.to_json() != loaded.tokenizer.to_json():
+            # The text has changed since, and a BPE trained on it now is another one.
+            corpus = open_corpus(data, tokenizer=saved, seed=run.data_seed, progress=progress.say)
         share = max(1, options.eval_bytes // len(corpus.domains))
         lengths = corpus.tokenizer.byte_lengths
         texts = {d: take_bytes(corpus.valid(d).tokens, lengths, share) for d in corpus.domains}

@@ -17,6 +17,7 @@ from gatewright.training.checkpoint import newest_checkpoint
 from gatewright.training.precision import set_router_dtype
 from gatewright.training.run import TrainRun
 from gatewright.training.settings_file import read_settings
+from gatewright.training.trainer import resolve_device
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def load_run(out: str | Path, *, device: str = "cpu", averaged: bool = False) ->
     paper = get_paper(tables["run"]["paper"])
     settings = _from_table(paper.Settings, tables["model"])
     run = _from_table(TrainRun, tables["run"])
+    place = resolve_device(device)
     held = newest_checkpoint(out / "checkpoints")
     if held is None:
         raise UserError(f"{out} holds no checkpoint yet; wait for its first, or train on")
@@ -55,7 +57,7 @@ def load_run(out: str | Path, *, device: str = "cpu", averaged: bool = False) ->
             parameter.copy_(weights[name])
     set_router_dtype(model, run.router_dtype)
     tokenizer = load_tokenizer(out / "tokenizer.json")
-    return LoadedRun(model.to(device).eval(), tokenizer, run, settings, held.step)
+    return LoadedRun(model.to(place).eval(), tokenizer, run, settings, held.step)
 
 
 def read_run_settings(out: Path) -> dict[str, dict[str, Any]]:
