@@ -64,6 +64,23 @@ def test_a_used_folder_is_not_overwritten(data: list[str], tmp_path: Path):
 
 
 @pytest.mark.usefixtures("without_report")
+def test_a_run_that_came_in_between_is_not_overwritten(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, inner = tiny_run(data, tmp_path / "run", steps=4), loop.prepare
+
+    def meanwhile(*args: Any) -> Any:
+        monkeypatch.setattr(loop, "prepare", inner)
+        train(run)
+        return inner(*args)
+
+    monkeypatch.setattr(loop, "prepare", meanwhile)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(run)
+    assert [line["step"] for line in read_log(tmp_path / "run") if line["kind"] == "step"] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("without_report")
 def test_checkpoints_without_run_toml_are_not_begun_over(data: list[str], tmp_path: Path):
     run = tiny_run(data, tmp_path / "run", steps=4)
     train(run)

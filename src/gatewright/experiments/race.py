@@ -120,6 +120,8 @@ def race(run: RaceRun) -> RaceResult:
             check_text(side.run, corpus)
         records, stopped = [], False
         with own_folder(out), stop_on_signals() as stop:
+            # Again, now that no other race can begin here.
+            refuse_used(out, run.resume, "race.json")
             clear_leftovers(out)
             _keep_settings(run, out, plans[run.first_seed][-1])
             for number, seed in enumerate(seeds):

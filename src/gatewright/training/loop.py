@@ -92,6 +92,8 @@ def train(run: TrainRun) -> TrainResult:
         corpus = prepare(run, progress.say)
         trainer = Trainer(run, corpus, run.paper)
         with own_folder(out):
+            # Again, now that no other run can begin here.
+            refuse_used(out, run.resume, "train.json")
             resume_or_begin(trainer, out, progress)
             log = RunLog(out, trainer.step)
             try:
