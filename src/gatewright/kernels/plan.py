@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -16,13 +17,20 @@ class DispatchPlan:
     expert id and, inside an expert, in position order; `counts` [E] int64, rows per expert, so that
     `counts.sum() == M`. Inverse view: `slots` [T, K] int64, the sorted row that holds a token's k-th choice,
     -1 where it was dropped or never made. With it, combining is a gather and a sum, and the gradient of
-    dispatching is too.
+    dispatching is too. `all_kept` True promises that no slot is -1.
+
+    A static plan keeps a row for every place, those without an expert behind the last expert's: then
+    `counts.sum() <= M`, and rows beyond that sum mean nothing. `weight_side` says whether a combine weight
+    multiplies what an expert returns or what it is given. `capacity` is the most rows that any expert can
+    hold, known without looking at the numbers; None promises only what a token can do, one row per expert.
     """
 
     token_ids: Int64[Tensor, "M"]
     counts: Int64[Tensor, "E"]
     slots: Int64[Tensor, "T K"]
     all_kept: bool
+    weight_side: Literal["output", "input"] = "output"
+    capacity: int | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -1,24 +1,23 @@
-"""MoELayer: the whole flow of a token-choice Mixture-of-Experts layer."""
+"""MoELayer: the whole flow of a Mixture-of-Experts layer."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from gatewright.errors import UserError
-from gatewright.kernels import DispatchPlan, choose_backend
-from gatewright.parts.dispatch import count_assignments, expert_capacity, make_plan
+from gatewright.kernels import choose_backend
+from gatewright.parts.capacity import Capacity
+from gatewright.parts.dispatch import make_plan
 from gatewright.parts.experts import MLP, Experts
-from gatewright.parts.routing import (
-    Assignment,
-    Router,
-    WeightForm,
-    check_selection,
-    softmax_scores,
-    token_choice,
-)
-from gatewright.parts.stats import RouterStats, Stats
+from gatewright.parts.groups import check_group_size, tokens_of_groups
+from gatewright.parts.record import record_call
+from gatewright.parts.reroute import reroute
+from gatewright.parts.router import Routed, Router
+from gatewright.parts.routing import RoutingCall, WeightForm, check_selection
+from gatewright.parts.rules import TokenChoice, build_router
+from gatewright.parts.stats import Stats
 
 
 class MoELayer(nn.Module):
@@ -26,14 +25,17 @@ class MoELayer(nn.Module):
     Stats).
 
     1. router: x -> logits -> scores, in at least fp32 by default
-    2. selection rule: scores -> Assignment (K experts and weights per token)
+    2. selection rule: scores -> Assignment (experts and weights of every token)
     3. plan: Assignment -> DispatchPlan (sorted by expert; beyond capacity dropped)
     4. experts and combine: y_t = sum_k weight[t, k] FFN_{expert[t, k]}(x_t), dropped choices adding zero
     5. shared experts: one plain MLP that every token passes, added with weight 1
 
-    Args: `capacity_factor` None is dropless, else C = ceil(f K T / E) over all tokens of the call;
-    `router_dtype` is what the router computes in; `num_shared_experts` n makes the shared MLP n *
-    expert_width wide; `backend` as `kernels.choose_backend`.
+    Args: `router` is a name of `gatewright routers`, a Router with a rule, or None: token choice by softmax
+    with `weights` as its form. `capacity_factor` f gives C = ceil(f K T / E) over each routing group,
+    `capacity` says more (`Capacity`); both None is the router's own, which is mostly dropless. `group_size`:
+    tokens per routing group, None is all of the call. `router_dtype` is what the router computes in (for a
+    Router that is given, its own holds); `num_shared_experts` n makes the shared MLP n * expert_width wide;
+    `experts` and `shared` replace the modules built here; `backend` as `kernels.choose_backend`.
     Equation: Switch Transformer eq 2 ("raw"), Mixtral section 2.1 ("renormalised", the default).
     Raises: UserError for K outside 1..E, an unknown name, or a weight form that cannot train the router.
     """
@@ -51,56 +53,124 @@ class MoELayer(nn.Module):
         capacity_factor: float | None = None,
         router_dtype: torch.dtype = torch.float32,
         backend: str | None = None,
+        router: str | Router | None = None,
+        capacity: Capacity | None = None,
+        group_size: int | None = None,
+        experts: nn.Module | None = None,
+        shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        check_selection(num_experts, num_selected, weights)
         if min(width, expert_width) < 1 or num_shared_experts < 0:
             raise UserError(
                 f"width {width}, expert_width {expert_width}, num_shared_experts {num_shared_experts}; "
                 "allowed: widths of 1 or "
                 "more, shared experts of 0 or more"
             )
-        if capacity_factor is not None:
-            expert_capacity(capacity_factor, num_selected, 0, num_experts)
+        check_group_size(group_size)
         choose_backend(backend)
+        if router is None:
+            check_selection(num_experts, num_selected, weights)
+            rule = TokenChoice(num_selected, weights)
+            router = Router(width, num_experts, router_dtype, rule=rule)
+        elif isinstance(router, str):
+            router = build_router(router, width, num_experts, num_selected, dtype=router_dtype)
         self.num_experts, self.num_selected, self.weights = num_experts, num_selected, weights
-        self.capacity_factor, self.backend = capacity_factor, backend
-        self.router = Router(width, num_experts, router_dtype)
-        self.experts = Experts(width, num_experts, expert_width, activation)
-        self.shared = (
-            MLP(width, num_shared_experts * expert_width, activation) if num_shared_experts else None
-        )
+        self.backend, self.group_size = backend, group_size
+        self.router = router
+        self.capacity = _capacity(capacity, capacity_factor, router.capacity)
+        self.experts = Experts(width, num_experts, expert_width, activation) if experts is None else experts
+        if shared is None and num_shared_experts:
+            shared = MLP(width, num_shared_experts * expert_width, activation)
+        self.shared = shared
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """f in training; None is dropless."""
+        return None if self.capacity is None else self.capacity.factor
 
     def forward(
-        self, x: Float[Tensor, "*batch D"], mask: Tensor | None = None, capture: bool = False
+        self,
+        x: Float[Tensor, "*batch D"],
+        mask: Tensor | None = None,
+        capture: bool = False,
+        *,
+        key: Int64[Tensor, ""] | None = None,
+        token_ids: Tensor | None = None,
     ) -> tuple[Float[Tensor, "*batch D"], Stats]:
         """Return (y, Stats). `mask` [...] bool: False = padding, which takes no capacity, enters no
         statistic and gets 0.
+
+        Args: `key` 0-d int64 fixes all noise and coins of this call (None draws one from torch's own
+        generator, in training only); `token_ids` [...] int64 are what hash rules look at.
         """
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
-            raise UserError(
-                f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}; allowed: torch.bool "
-                f"{tuple(x.shape[:-1])}; "
-                "give one truth value per token"
-            )
+        flat, call = self._call(x, mask, key, token_ids)
+        routed = self.router.route(flat, call)
+        routed, limit = self._limit(routed, call)
+        static = torch.compiler.is_compiling() or choose_backend(self.backend)[0] == "padded"
+        plan = make_plan(
+            routed.assignment,
+            limit,
+            group_size=self.group_size,
+            order="position" if self.capacity is None else self.capacity.order,
+            static=static,
+        )
+        wide = _activation_dtype(flat)
+        y, inner = _experts_and_stats(self.experts(wide, plan, routed.assignment.weights, self.backend))
+        if self.shared is not None:
+            y = y + self.shared(flat)
+        sequence = x.shape[-2] if x.dim() > 2 else None
+        record = record_call(routed, plan, call.mask, self.group_size or sequence, capture)
+        return y.reshape(x.shape), Stats({"router": record}) | inner
+
+    def _call(
+        self, x: Tensor, mask: Tensor | None, key: Tensor | None, token_ids: Tensor | None
+    ) -> tuple[Tensor, RoutingCall]:
+        """Return the tokens as [T, D] with padding zeroed, and what the router may know of the call."""
+        for name, given in (("mask", mask), ("token_ids", token_ids)):
+            kind = torch.bool if name == "mask" else torch.int64
+            if given is not None and (given.dtype != kind or given.shape != x.shape[:-1]):
+                raise UserError(
+                    f"{name} {given.dtype} {tuple(given.shape)} for x {tuple(x.shape)}; allowed: {kind} "
+                    f"{tuple(x.shape[:-1])}; "
+                    "give one value per token"
+                )
         flat = x.reshape(-1, x.shape[-1])
         flat_mask = None if mask is None else mask.reshape(-1)
         if flat_mask is not None:
             # Padding may hold NaN: where, not multiply, keeps it out of values and gradients.
             flat = torch.where(flat_mask.unsqueeze(-1), flat, 0)
-        logits = self.router(flat)
-        scores = softmax_scores(logits)
-        assignment = token_choice(logits, scores, self.num_selected, self.weights, flat_mask)
-        num_tokens = flat.shape[0] if flat_mask is None else int(flat_mask.sum())
-        capacity = None
-        if self.capacity_factor is not None:
-            capacity = expert_capacity(self.capacity_factor, self.num_selected, num_tokens, self.num_experts)
-        plan = make_plan(assignment, capacity)
-        y = self.experts(_activation_dtype(flat), plan, assignment.weights, self.backend)
-        if self.shared is not None:
-            y = y + self.shared(flat)
-        stats = _record(logits, scores, assignment, plan, flat_mask, capture)
-        return y.reshape(x.shape), Stats({"router": stats})
+        ids = None if token_ids is None else token_ids.reshape(-1)
+        return flat, RoutingCall(flat_mask, self.training, key, ids, self.group_size)
+
+    def _limit(self, routed: Routed, call: RoutingCall) -> tuple[Routed, int | Tensor | None]:
+        """Return the routed tokens and the places of each expert: one number, or one per routing group."""
+        capacity, assignment = self.capacity, routed.assignment
+        if capacity is None or capacity.factor_in(self.training) is None:
+            return routed, None
+        num_tokens, device = assignment.num_tokens, assignment.experts.device
+        limit: int | Tensor | None
+        if call.mask is None and (self.group_size is None or num_tokens % self.group_size == 0):
+            size = num_tokens if self.group_size is None else self.group_size
+            limit = capacity.places(self.num_selected, size, self.num_experts, self.training)
+        else:
+            tokens = tokens_of_groups(call.mask, num_tokens, self.group_size, device)
+            limit = capacity.places_of_groups(self.num_selected, tokens, self.num_experts, self.training)
+        if capacity.reroute and limit is not None:
+            routed = reroute(routed, limit, self.group_size, capacity.order)
+        return routed, limit
+
+
+def _capacity(capacity: Capacity | None, factor: float | None, own: Capacity | None) -> Capacity | None:
+    """Return the capacity that holds: the one given, else the router's own, with the factor if one is."""
+    capacity = own if capacity is None else capacity
+    if factor is None:
+        return capacity
+    return Capacity(factor) if capacity is None else capacity.with_factor(factor)
+
+
+def _experts_and_stats(result: Tensor | tuple[Tensor, Stats]) -> tuple[Tensor, Stats]:
+    """Return (y, Stats) of experts that may be MoE layers themselves."""
+    return result if isinstance(result, tuple) else (result, Stats())
 
 
 def _activation_dtype(x: Tensor) -> Tensor:
@@ -109,42 +179,3 @@ def _activation_dtype(x: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:  # autocast leaves fp64 alone
         return x
     return x.to(torch.get_autocast_dtype(kind))
-
-
-def _record(
-    logits: Float[Tensor, "T E"],
-    scores: Float[Tensor, "T E"],
-    assignment: Assignment,
-    plan: DispatchPlan,
-    mask: Bool[Tensor, "T"] | None,
-    capture: bool,
-) -> RouterStats:
-    """Reduce one call to its sufficient statistics."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    lse = torch.logsumexp(logits.to(wide), dim=-1)
-    # Not from lse: a lone -inf among the logits vanishes there.
-    finite = torch.isfinite(logits).all(dim=-1)
-    wide_scores = scores.to(wide)
-    if mask is not None:
-        wide_scores = torch.where(mask.unsqueeze(-1), wide_scores, 0)
-        lse = torch.where(mask, lse, 0)
-    counts = count_assignments(assignment)
-    places, held = assignment.experts >= 0, plan.slots >= 0
-    real = torch.full((), places.shape[0], device=counts.device) if mask is None else mask.sum()
-    none = torch.zeros((), dtype=torch.int64, device=counts.device)
-    return RouterStats(
-        num_selected=assignment.num_selected,
-        tokens=real,
-        counts=counts,
-        kept=plan.counts,
-        dropped_by_rank=none.expand(places.shape[1]) if plan.all_kept else (places & ~held).sum(dim=0),
-        unrouted=none if plan.all_kept else (places.any(dim=1) & ~held.any(dim=1)).sum(),
-        score_sums=wide_scores.sum(dim=0),
-        logsumexp_sum=lse.sum(),
-        logsumexp_square_sum=(lse * lse).sum(),
-        nonfinite=(~finite).sum(),
-        logits=logits.detach() if capture else None,
-        scores=scores.detach() if capture else None,
-        experts=torch.where(held, assignment.experts, -1) if capture else None,
-        combine_weights=assignment.weights.detach() if capture else None,
-    )

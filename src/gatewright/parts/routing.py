@@ -1,35 +1,62 @@
-"""Who goes where: logits, scores and selection rules. A rule turns scores into an Assignment and nothing
-else.
-"""
+"""Who goes where: what a selection rule is given, what it returns, and choosing the highest scores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from gatewright.errors import UserError, did_you_mean
 
 WeightForm = Literal["raw", "renormalised", "softmax_selected"]
 WEIGHT_FORMS: tuple[WeightForm, ...] = ("raw", "renormalised", "softmax_selected")
 
+WeightSide = Literal["output", "input"]
+
 # Above this many choices, one stable sort costs less than one argmax pass per choice.
 _ARGMAX_PASSES = 16
+
+
+@dataclass(frozen=True)
+class RoutingCall:
+    """What a rule may know about one call beside its T tokens' logits and scores.
+
+    `mask` [T] bool, False = padding. `training` switches noise, coins and balanced assignment on. `key` 0-d
+    int64: every draw is a pure function of it (parts.draws), so that recomputation repeats it. `token_ids`
+    [T] int64, for rules that look at the input. `group_size`: tokens per routing group, in flat order (the
+    last group may be smaller); None is one group. Rules that count do so inside a group only, so their
+    result does not depend on how whole groups are split over calls.
+    """
+
+    mask: Bool[Tensor, "T"] | None = None
+    training: bool = False
+    key: Int64[Tensor, ""] | None = None
+    token_ids: Int64[Tensor, "T"] | None = None
+    group_size: int | None = None
 
 
 @dataclass(frozen=True)
 class Assignment:
     """Who goes where: `experts` [T, K] int64 in falling rank (-1 = empty place), `weights` [T, K] with
     gradient, E experts.
+
+    Rules with a varying number of experts per token have K places, as many as any token needs, and leave the
+    rest empty. `weight_side`: "output" weighs what an expert returns, "input" what it is given (Llama-4).
+    `withdrawn` [T, K] bool: choices that take a place in the count against capacity but are not computed
+    (GShard's literal counters); their expert is named in `experts`. `sums`: what the rule itself has to say
+    to a loss, summed over tokens, by name, with gradient; ends in RouterStats.sums.
     """
 
     experts: Int64[Tensor, "T K"]
     weights: Float[Tensor, "T K"]
     num_experts: int
+    weight_side: WeightSide = "output"
+    withdrawn: Bool[Tensor, "T K"] | None = None
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -42,35 +69,8 @@ class Assignment:
         return self.experts.shape[1]
 
 
-class Router(nn.Module):
-    """One linear map per MoE layer, [T, D] -> logits [T, E], computed in `dtype` (in fp64 for fp64 input).
-
-    Equation: h(x) = W_r x (Switch Transformer, eq 1), no bias. The parameter stays in its own dtype; `dtype`
-    is what it is computed in (torch.bfloat16 is possible and is what selective precision, Switch table 2,
-    warns of).
-    """
-
-    def __init__(self, width: int, num_experts: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.weight = nn.Parameter(torch.empty(num_experts, width))
-        self.reset_parameters()
-
-    def reset_parameters(self, std: float | None = None) -> None:
-        """Draw the weight from a normal truncated at 2 std; std defaults to width ** -0.5."""
-        std = self.weight.shape[1] ** -0.5 if std is None else std
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-
-    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        """Return logits [T, E] in `dtype` (float64 input stays float64)."""
-        wide = torch.float64 if x.dtype == torch.float64 else self.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(wide), self.weight.to(wide))
-
-
-def softmax_scores(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """Return p = softmax(logits) over experts, [T, E] -> [T, E] (Switch Transformer, eq 1)."""
-    return torch.softmax(logits, dim=-1)
+# Turns logits [T, E] and scores [T, E] into an Assignment: a function, or an nn.Module where it holds state.
+SelectionRule = Callable[[Tensor, Tensor, RoutingCall], Assignment]
 
 
 def select_top(scores: Float[Tensor, "T E"], num_selected: int) -> Int64[Tensor, "T K"]:
@@ -82,8 +82,13 @@ def select_top(scores: Float[Tensor, "T E"], num_selected: int) -> Int64[Tensor,
     """
     scores = scores.detach()
     num_experts = scores.shape[-1]
-    # Passes mark what they took with -inf, so scores that hold -inf themselves are sorted.
-    if num_selected > _ARGMAX_PASSES or num_selected == num_experts or bool(torch.isneginf(scores).any()):
+    # Passes mark what they took with -inf, so a row without K other scores is sorted. Compiled code sorts
+    # always: it may not look at the numbers.
+    if num_selected > _ARGMAX_PASSES or num_selected == num_experts or torch.compiler.is_compiling():
+        passes = False
+    else:
+        passes = bool((torch.isneginf(scores).sum(dim=-1) <= num_experts - num_selected).all())
+    if not passes:
         return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :num_selected]
     left = scores.clone()
     picks = []
@@ -118,29 +123,25 @@ def check_selection(num_experts: int, num_selected: int, weights: str) -> None:
         )
 
 
-def token_choice(
-    logits: Float[Tensor, "T E"],
-    scores: Float[Tensor, "T E"],
-    num_selected: int,
-    weights: WeightForm = "raw",
-    mask: Bool[Tensor, "T"] | None = None,
+def from_mask(
+    chosen: Bool[Tensor, "T E"], weights: Float[Tensor, "T E"], places: int | None = None
 ) -> Assignment:
-    """Return the assignment in which each token takes its K best experts.
+    """Return the assignment in which token t uses every expert e with chosen[t, e], in falling order of
+    weight (the lowest id first among equals).
 
-    Args: `logits`, `scores` [T, E]; `mask` [T] bool, False = padding, whose places stay empty.
-    Weights: "raw" keeps the scores of the chosen (Switch eq 2; OLMoE eq 1); "renormalised" divides them by
-    their sum; "softmax_selected" is softmax over the chosen logits (Mixtral: Softmax(TopK(x W_g))), the same
-    numbers when scores are a softmax.
-    Raises: UserError for K outside 1..E, and for K = 1 < E with a normalised form (a constant gate).
+    Args: `weights` [T, E]; `places` K, None counts as many as the busiest token needs (compiled code takes
+    E, since it may not look at the numbers). Places beyond a token's own experts are empty, with weight 0.
     """
-    check_selection(scores.shape[-1], num_selected, weights)
-    experts = select_top(scores, num_selected)
-    if weights == "softmax_selected":
-        chosen = torch.softmax(logits.gather(-1, experts), dim=-1)
-    else:
-        chosen = scores.gather(-1, experts)
-        if weights == "renormalised":
-            chosen = chosen / chosen.sum(dim=-1, keepdim=True)
-    if mask is not None:
-        experts = torch.where(mask.unsqueeze(-1), experts, -1)
-    return Assignment(experts=experts, weights=chosen, num_experts=scores.shape[-1])
+    num_experts = chosen.shape[1]
+    if places is None:
+        places = num_experts
+        if not torch.compiler.is_compiling():
+            places = int(chosen.sum(dim=1).max()) if chosen.shape[0] else 0
+    ranked = torch.where(chosen, weights.detach(), -torch.inf)
+    experts = select_top(ranked, max(places, 1))
+    taken = chosen.gather(1, experts)
+    return Assignment(
+        experts=torch.where(taken, experts, -1),
+        weights=torch.where(taken, weights.gather(1, experts), 0),
+        num_experts=num_experts,
+    )

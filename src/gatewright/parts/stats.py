@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -17,9 +17,13 @@ class RouterStats:
     be built from them. `tokens`: T as a 0-d tensor. `counts` [E]: assignments made per expert, before
     capacity. `kept` [E]: after capacity. `dropped_by_rank` [K]: assignments dropped at capacity, by the
     token's rank of that choice. `unrouted`: tokens left without any expert. `score_sums` [E]: sum over tokens
-    of the scores. `logsumexp_sum`, `logsumexp_square_sum`: over tokens, of logsumexp(logits). `nonfinite`:
-    tokens whose logits hold a NaN or an infinity. With capture: `logits` [T, E], `scores` [T, E], `experts`
-    [T, K] (-1 where padding or dropped), `combine_weights` [T, K].
+    of the scores, normalised over experts (a softmax is its own normal form). `logsumexp_sum`,
+    `logsumexp_square_sum`: over tokens, of logsumexp(logits). `nonfinite`: tokens whose logits hold a NaN or
+    an infinity. `first_counts` [E]: as counts, of first choices only. `group_tokens` [G], `group_counts` [G,
+    E], `group_score_sums` [G, E]: tokens, counts and score sums of each routing group where the layer has a
+    group_size, else of each sequence of a batch [B, S, D]. `sums`: what the rule or its noise has to say to a
+    loss, by name, summed over tokens ("importance" [E], "load" [E], ...). With capture: `logits` [T, E],
+    `scores` [T, E], `experts` [T, K] (-1 where padding or dropped), `combine_weights` [T, K].
     """
 
     num_selected: int
@@ -32,6 +36,11 @@ class RouterStats:
     logsumexp_sum: Float[Tensor, ""]
     logsumexp_square_sum: Float[Tensor, ""]
     nonfinite: Int64[Tensor, ""]
+    first_counts: Int64[Tensor, "E"]
+    group_tokens: Int64[Tensor, "G"]
+    group_counts: Int64[Tensor, "G E"]
+    group_score_sums: Float[Tensor, "G E"]
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
     logits: Float[Tensor, "T E"] | None = None
     scores: Float[Tensor, "T E"] | None = None
     experts: Int64[Tensor, "T K"] | None = None

@@ -1,0 +1,101 @@
+"""How many places an expert has, and whose choices get them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from gatewright.errors import UserError, did_you_mean
+
+Order = Literal["position", "rank", "batch_priority"]
+ORDERS: tuple[Order, ...] = ("position", "rank", "batch_priority")
+
+
+def check_factor(capacity_factor: float) -> None:
+    """Raise UserError unless the factor is a finite number above 0."""
+    if not (capacity_factor > 0 and math.isfinite(capacity_factor)):
+        raise UserError(
+            f"capacity_factor {capacity_factor}; allowed: above 0, or none for dropless; 1.0 has no head-room"
+        )
+
+
+def expert_capacity(capacity_factor: float, num_selected: int, num_tokens: int, num_experts: int) -> int:
+    """Return C = ceil(f K T / E), the places of each expert for T tokens.
+
+    Differs: Switch Transformer eq 3 and ST-MoE omit K (for K = 1 the two agree).
+    """
+    check_factor(capacity_factor)
+    # Read as the decimal that was written: in floats 1.1 * 50 is 55.00000000000001, whose ceiling is 56.
+    return math.ceil(Fraction(str(capacity_factor)) * num_selected * num_tokens / num_experts)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The places of each expert in a routing group of T tokens: C = ceil(f K T / E), and who gets them.
+
+    `factor` f in training, `eval_factor` in evaluation (None: the same; math.inf: dropless). `minimum` is
+    the least C. `multiple` rounds C up to a multiple (V-MoE's code: 4). `per_token` True takes K as 1, the
+    convention of Switch, ST-MoE and Mesh-TensorFlow, C = ceil(f T / E). `order`, within a group: "position"
+    token by token and inside a token by rank; "rank" all first choices before any second (GShard);
+    "batch_priority" as "rank", tokens in falling order of their highest weight (V-MoE; looks ahead, so not
+    causal). `reroute` gives a choice that found no room to the token's next best expert that has some
+    (no-token-left-behind, Switch appendix B).
+    Raises: UserError for what no layer can have.
+    """
+
+    factor: float
+    eval_factor: float | None = None
+    minimum: int = 0
+    multiple: int = 1
+    per_token: bool = False
+    order: Order = "position"
+    reroute: bool = False
+
+    def __post_init__(self) -> None:
+        check_factor(self.factor)
+        if self.eval_factor is not None and not self.eval_factor > 0:
+            raise UserError(f"eval_factor {self.eval_factor}; allowed: above 0, or inf for dropless")
+        if self.minimum < 0 or self.multiple < 1:
+            raise UserError(
+                f"minimum {self.minimum}, multiple {self.multiple}; allowed: a minimum of 0 or more, a "
+                "multiple of 1 or more"
+            )
+        if self.order not in ORDERS:
+            raise UserError(
+                f"order {self.order!r} is unknown{did_you_mean(self.order, ORDERS)}; allowed: "
+                f"{', '.join(ORDERS)}"
+            )
+
+    def with_factor(self, factor: float) -> Capacity:
+        """Return the same with another factor, in training and evaluation alike."""
+        return replace(self, factor=factor, eval_factor=None)
+
+    def factor_in(self, training: bool) -> float | None:
+        """Return the factor that holds, None where evaluation is dropless."""
+        factor = self.factor if training or self.eval_factor is None else self.eval_factor
+        return None if math.isinf(factor) else factor
+
+    def places(self, num_selected: int, num_tokens: int, num_experts: int, training: bool) -> int | None:
+        """Return C for one group of T tokens, None for dropless."""
+        factor = self.factor_in(training)
+        if factor is None:
+            return None
+        held = expert_capacity(factor, 1 if self.per_token else num_selected, num_tokens, num_experts)
+        return self.multiple * math.ceil(max(held, self.minimum) / self.multiple)
+
+    def places_of_groups(
+        self, num_selected: int, tokens: Int64[Tensor, "G"], num_experts: int, training: bool
+    ) -> Int64[Tensor, "G"] | None:
+        """Return C [G] int64 for groups of `tokens` [G] real tokens, without looking at the numbers."""
+        factor = self.factor_in(training)
+        if factor is None:
+            return None
+        exact = Fraction(str(factor)) * (1 if self.per_token else num_selected) / num_experts
+        over, under = exact.numerator, exact.denominator
+        held = ((tokens * over + under - 1) // under).clamp(min=self.minimum)
+        return (held + self.multiple - 1) // self.multiple * self.multiple

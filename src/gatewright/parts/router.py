@@ -1,0 +1,112 @@
+"""Router: from tokens to an Assignment. Logits, noise, scores and selection rule, each a part of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatewright.errors import UserError
+from gatewright.parts.capacity import Capacity
+from gatewright.parts.routing import Assignment, RoutingCall, SelectionRule
+from gatewright.parts.scores import ScoreFunction, probabilities, score_function
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a router says of T tokens: `logits` and `scores` [T, E] (after noise), the assignment, and
+    `probabilities` [T, E]: the scores normalised over experts, which balance losses are made of.
+    """
+
+    logits: Float[Tensor, "T E"]
+    scores: Float[Tensor, "T E"]
+    probabilities: Float[Tensor, "T E"]
+    assignment: Assignment
+
+
+class Noise(nn.Module):
+    """What perturbs a router in training; the base class perturbs nothing. In evaluation it is not asked."""
+
+    def on_input(self, x: Float[Tensor, "T D"], call: RoutingCall) -> Float[Tensor, "T D"]:
+        """Return the tokens as the router sees them; the experts' input is not touched."""
+        return x
+
+    def on_logits(
+        self, x: Float[Tensor, "T D"], logits: Float[Tensor, "T E"], call: RoutingCall
+    ) -> Float[Tensor, "T E"]:
+        """Return the logits that scores and choices are taken from."""
+        return logits
+
+    def sums(
+        self, x: Float[Tensor, "T D"], clean: Float[Tensor, "T E"], routed: Routed, call: RoutingCall
+    ) -> Mapping[str, Tensor]:
+        """Return sums over tokens for losses ("importance" [E], "load" [E]), with gradient."""
+        return {}
+
+
+class Router(nn.Module):
+    """One linear map per MoE layer, [T, D] -> logits [T, E], computed in `dtype` (in fp64 for fp64 input),
+    and with `rule` the whole way to an Assignment.
+
+    Equation: h(x) = W_r x (Switch Transformer, eq 1), + b with `bias` (gpt-oss). The parameter stays in its
+    own dtype; `dtype` is what it is computed in (torch.bfloat16 is possible and is what selective precision,
+    Switch table 2, warns of). `capacity` is the paper's own, for layers that are given none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        rule: SelectionRule | None = None,
+        scores: str | ScoreFunction = "softmax",
+        noise: Noise | None = None,
+        bias: bool = False,
+        capacity: Capacity | None = None,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
+        self.rule, self.scores, self.noise = rule, score_function(scores), noise
+        self.capacity = capacity
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draw the weight from a normal truncated at 2 std; std defaults to width ** -0.5. Biases are 0."""
+        std = self.weight.shape[1] ** -0.5 if std is None else std
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+        """Return logits [T, E] in `dtype` (float64 input stays float64), without noise."""
+        wide = torch.float64 if x.dtype == torch.float64 else self.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(
+                x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
+            )
+
+    def route(self, x: Float[Tensor, "T D"], call: RoutingCall) -> Routed:
+        """Return logits, scores and the Assignment of T tokens. Raises: UserError without a rule."""
+        if self.rule is None:
+            raise UserError(
+                "this router has no rule to select by; give it one: Router(..., rule=TokenChoice(2))"
+            )
+        noise = self.noise if call.training else None
+        clean = self(x if noise is None else noise.on_input(x, call))
+        logits = clean if noise is None else noise.on_logits(x, clean, call)
+        scores = self.scores(logits)
+        shares = probabilities(self.scores, logits, scores)
+        routed = Routed(logits, scores, shares, self.rule(logits, scores, call))
+        if noise is not None:
+            own = routed.assignment
+            sums = {**own.sums, **noise.sums(x, clean, routed, call)}
+            routed = dataclasses.replace(routed, assignment=dataclasses.replace(own, sums=sums))
+        return routed
