@@ -14,12 +14,13 @@ from gatewright.parts.routing import Assignment
 from gatewright.parts.stats import RouterStats
 
 
-def _counts(assignment: Assignment, group_size: int | None) -> Int64[Tensor, "G E"]:
-    """Return assignments per group and expert, [G, E] int64."""
-    num_experts, places = assignment.num_experts, assignment.num_selected
+def _counts(assignment: Assignment, group_size: int | None, places: int) -> Int64[Tensor, "G E"]:
+    """Return assignments per group and expert, [G, E] int64, of each token's first `places` choices."""
+    num_experts = assignment.num_experts
     groups = group_ids(assignment.num_tokens, group_size, assignment.experts.device).unsqueeze(-1)
     count = num_groups(assignment.num_tokens, group_size)
-    keys = torch.where(made_choices(assignment), groups * num_experts + assignment.experts, -1)
+    made, experts = made_choices(assignment)[:, :places], assignment.experts[:, :places]
+    keys = torch.where(made, groups * num_experts + experts, -1)
     held = torch.bincount(keys.reshape(-1) + 1, minlength=count * num_experts + 1)[1:]
     return held.view(count, num_experts) if places else held.new_zeros(count, num_experts)
 
@@ -43,11 +44,11 @@ def record_call(
         lse = torch.where(mask, lse, 0)
     num_tokens, device = assignment.num_tokens, logits.device
     group_tokens = tokens_of_groups(mask, num_tokens, group_size, device)
-    group_counts = _counts(assignment, group_size)
+    group_counts = _counts(assignment, group_size, assignment.num_selected)
+    group_first_counts = _counts(assignment, group_size, min(1, assignment.num_selected))
     group_score_sums = to_groups(shares, group_size).sum(dim=1)
     places, held = made_choices(assignment), plan.slots >= 0
     none = torch.zeros((), dtype=torch.int64, device=device)
-    first = torch.where(places[:, :1], assignment.experts[:, :1], -1).reshape(-1)
     return RouterStats(
         num_selected=assignment.num_selected,
         tokens=group_tokens.sum(),
@@ -59,9 +60,10 @@ def record_call(
         logsumexp_sum=lse.sum(),
         logsumexp_square_sum=(lse * lse).sum(),
         nonfinite=(~finite).sum(),
-        first_counts=torch.bincount(first + 1, minlength=assignment.num_experts + 1)[1:],
+        first_counts=group_first_counts.sum(dim=0),
         group_tokens=group_tokens,
         group_counts=group_counts,
+        group_first_counts=group_first_counts,
         group_score_sums=group_score_sums,
         sums=dict(assignment.sums),
         logits=logits.detach() if capture else None,

@@ -19,11 +19,12 @@ class RouterStats:
     token's rank of that choice. `unrouted`: tokens left without any expert. `score_sums` [E]: sum over tokens
     of the scores, normalised over experts (a softmax is its own normal form). `logsumexp_sum`,
     `logsumexp_square_sum`: over tokens, of logsumexp(logits). `nonfinite`: tokens whose logits hold a NaN or
-    an infinity. `first_counts` [E]: as counts, of first choices only. `group_tokens` [G], `group_counts` [G,
-    E], `group_score_sums` [G, E]: tokens, counts and score sums of each routing group where the layer has a
-    group_size, else of each sequence of a batch [B, S, D]. `sums`: what the rule or its noise has to say to a
-    loss, by name, summed over tokens ("importance" [E], "load" [E], ...). With capture: `logits` [T, E],
-    `scores` [T, E], `experts` [T, K] (-1 where padding or dropped), `combine_weights` [T, K].
+    an infinity. `first_counts` [E]: as counts, of first choices only. `group_tokens` [G], `group_counts`,
+    `group_first_counts`, `group_score_sums` [G, E]: tokens, counts, counts of first choices and score sums of
+    each routing group where the layer has a group_size, else of each sequence of a batch [B, S, D]. `sums`:
+    what the rule or its noise has to say to a loss, by name, summed over tokens ("importance" [E], "load"
+    [E], ...). With capture: `logits` [T, E], `scores` [T, E], `experts` [T, K] (-1 where padding or dropped),
+    `combine_weights` [T, K].
     """
 
     num_selected: int
@@ -39,6 +40,7 @@ class RouterStats:
     first_counts: Int64[Tensor, "E"]
     group_tokens: Int64[Tensor, "G"]
     group_counts: Int64[Tensor, "G E"]
+    group_first_counts: Int64[Tensor, "G E"]
     group_score_sums: Float[Tensor, "G E"]
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     logits: Float[Tensor, "T E"] | None = None
