@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -30,8 +30,8 @@ def expert_capacity(capacity_factor: float, num_selected: int, num_tokens: int, 
     Differs: Switch Transformer eq 3 and ST-MoE omit K (for K = 1 the two agree).
     """
     check_factor(capacity_factor)
-    # Read as the decimal that was written: in floats 1.1 * 50 is 55.00000000000001, whose ceiling is 56.
-    return math.ceil(Fraction(str(capacity_factor)) * num_selected * num_tokens / num_experts)
+    over, under = _exactly(capacity_factor)
+    return _ceil(over * num_selected * num_tokens, under * num_experts)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Capacity:
     per_token: bool = False
     order: Order = "position"
     reroute: bool = False
+    # The factors as fractions: compiled code cannot read a decimal.
+    _exact: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_factor(self.factor)
@@ -70,6 +72,11 @@ class Capacity:
                 f"order {self.order!r} is unknown{did_you_mean(self.order, ORDERS)}; allowed: "
                 f"{', '.join(ORDERS)}"
             )
+        exact = (
+            _exactly(self.factor),
+            _exactly(self.factor if self.eval_factor is None else self.eval_factor),
+        )
+        object.__setattr__(self, "_exact", exact)
 
     def with_factor(self, factor: float) -> Capacity:
         """Return the same with another factor, in training and evaluation alike."""
@@ -80,22 +87,57 @@ class Capacity:
         factor = self.factor if training or self.eval_factor is None else self.eval_factor
         return None if math.isinf(factor) else factor
 
-    def places(self, num_selected: int, num_tokens: int, num_experts: int, training: bool) -> int | None:
-        """Return C for one group of T tokens, None for dropless."""
-        factor = self.factor_in(training)
-        if factor is None:
-            return None
-        held = expert_capacity(factor, 1 if self.per_token else num_selected, num_tokens, num_experts)
-        return self.multiple * math.ceil(max(held, self.minimum) / self.multiple)
+    def _share(self, num_selected: int, num_experts: int, training: bool) -> tuple[int, int]:
+        """Return the numerator and the denominator of f K / E, whole numbers."""
+        over, under = self._exact[0 if training else 1]
+        return over * (1 if self.per_token else num_selected), under * num_experts
+
+    def places(self, num_selected: int, num_tokens: int, num_experts: int, training: bool) -> int:
+        """Return C for one group of T tokens; not asked where `factor_in` is None."""
+        over, under = self._share(num_selected, num_experts, training)
+        held = max(min(_ceil(over * num_tokens, under), _MOST**2), self.minimum)
+        return _ceil(held, self.multiple) * self.multiple
 
     def places_of_groups(
         self, num_selected: int, tokens: Int64[Tensor, "G"], num_experts: int, training: bool
-    ) -> Int64[Tensor, "G"] | None:
+    ) -> Int64[Tensor, "G"]:
         """Return C [G] int64 for groups of `tokens` [G] real tokens, without looking at the numbers."""
-        factor = self.factor_in(training)
-        if factor is None:
-            return None
-        exact = Fraction(str(factor)) * (1 if self.per_token else num_selected) / num_experts
-        over, under = exact.numerator, exact.denominator
-        held = ((tokens * over + under - 1) // under).clamp(min=self.minimum)
+        over, under = self._share(num_selected, num_experts, training)
+        whole, (over, under) = over // under, _next_above(over % under, under, _MOST)
+        # Whole numbers up to here, so no product leaves int64.
+        held = tokens * min(whole, _MOST) + (tokens * over + under - 1) // under
+        held = held.clamp(min=self.minimum)
         return (held + self.multiple - 1) // self.multiple * self.multiple
+
+
+# No group has more tokens.
+_MOST = 2**30
+
+
+def _ceil(over: int, under: int) -> int:
+    return -(-over // under)
+
+
+def _exactly(factor: float) -> tuple[int, int]:
+    """Return the decimal number that was written, as a fraction: in floats 1.1 * 50 is more than 55. No
+    group has more than the number that stands for infinity.
+    """
+    return (_MOST, 1) if math.isinf(factor) else Fraction(str(factor)).as_integer_ratio()
+
+
+def _next_above(over: int, under: int, most: int) -> tuple[int, int]:
+    """Return the least fraction >= over / under (which is < 1) whose denominator is at most `most`.
+
+    ceil(n over / under) is the same for both up to n = most: the smallest m with m / n above is asked for.
+    """
+    if under <= most or over == 0:
+        return over, under
+    a, b, c, d = 0, 1, 1, 1  # a / b < over / under <= c / d, neighbours of the Stern-Brocot tree
+    while b + d <= most and c * under != over * d:
+        below, above = over * b - under * a, under * c - over * d
+        steps = min((below - 1) // above, (most - b) // d)
+        a, b = a + steps * c, b + steps * d
+        below = over * b - under * a
+        steps = min(above // below, (most - d) // b)
+        c, d = c + steps * a, d + steps * b
+    return c, d

@@ -25,7 +25,7 @@ def num_groups(num_tokens: int, group_size: int | None) -> int:
 
 def group_ids(num_tokens: int, group_size: int | None, device: torch.device) -> Int64[Tensor, "T"]:
     """Return each token's group, [T] int64."""
-    if group_size is None:
+    if num_groups(num_tokens, group_size) == 1:
         return torch.zeros(num_tokens, dtype=torch.int64, device=device)
     return torch.arange(num_tokens, device=device) // group_size
 
@@ -58,5 +58,16 @@ def tokens_of_groups(
     mask: Bool[Tensor, "T"] | None, num_tokens: int, group_size: int | None, device: torch.device
 ) -> Int64[Tensor, "G"]:
     """Return how many real tokens each group holds, [G] int64."""
-    real = real_tokens(mask, num_tokens, device).unsqueeze(-1)
-    return to_groups(real, group_size).sum(dim=(1, 2))
+    if mask is not None:
+        return to_groups(mask.unsqueeze(-1), group_size).sum(dim=(1, 2))
+    count = num_groups(num_tokens, group_size)
+    size = num_tokens if group_size is None else group_size
+    # The last group has what the others leave.
+    return (num_tokens - size * torch.arange(count, device=device)).clamp(max=size)
+
+
+def count_into(bins: Int64[Tensor, "N"], num_bins: int) -> Int64[Tensor, "bins"]:
+    """Return how often each number from 0 to num_bins - 1 stands in `bins` [N]."""
+    # Not bincount: on a GPU it waits for the numbers, and compiled code does not know its shape.
+    counts = torch.zeros(num_bins, dtype=torch.int64, device=bins.device)
+    return counts.scatter_add_(0, bins, torch.ones_like(bins))

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from gatewright.errors import UserError
-from gatewright.kernels import choose_backend
+from gatewright.kernels import DispatchPlan, choose_backend
 from gatewright.parts.capacity import Capacity
 from gatewright.parts.dispatch import make_plan
 from gatewright.parts.experts import MLP, Experts
@@ -15,7 +15,7 @@ from gatewright.parts.groups import check_group_size, tokens_of_groups
 from gatewright.parts.record import record_call
 from gatewright.parts.reroute import reroute
 from gatewright.parts.router import Routed, Router
-from gatewright.parts.routing import RoutingCall, WeightForm, check_selection
+from gatewright.parts.routing import Assignment, RoutingCall, WeightForm, check_selection
 from gatewright.parts.rules import TokenChoice, build_router
 from gatewright.parts.stats import Stats
 
@@ -88,6 +88,11 @@ class MoELayer(nn.Module):
         """f in training; None is dropless."""
         return None if self.capacity is None else self.capacity.factor
 
+    def routers(self) -> dict[str, Router]:
+        """Return this layer's router, and those of experts that are MoE layers, as Stats names them."""
+        inner = self.experts.routers() if hasattr(self.experts, "routers") else {}
+        return {"router": self.router, **inner}
+
     def forward(
         self,
         x: Float[Tensor, "*batch D"],
@@ -105,21 +110,13 @@ class MoELayer(nn.Module):
         """
         flat, call = self._call(x, mask, key, token_ids)
         routed = self.router.route(flat, call)
-        routed, limit = self._limit(routed, call)
-        static = torch.compiler.is_compiling() or choose_backend(self.backend)[0] == "padded"
-        plan = make_plan(
-            routed.assignment,
-            limit,
-            group_size=self.group_size,
-            order="position" if self.capacity is None else self.capacity.order,
-            static=static,
-        )
+        sent, plan = self._plan(routed, call)
         wide = _activation_dtype(flat)
-        y, inner = _experts_and_stats(self.experts(wide, plan, routed.assignment.weights, self.backend))
+        y, inner = _experts_and_stats(self.experts(wide, plan, sent.weights, self.backend))
         if self.shared is not None:
             y = y + self.shared(flat)
         sequence = x.shape[-2] if x.dim() > 2 else None
-        record = record_call(routed, plan, call.mask, self.group_size or sequence, capture)
+        record = record_call(routed, plan, call.mask, self.group_size or sequence, capture, sent)
         return y.reshape(x.shape), Stats({"router": record}) | inner
 
     def _call(
@@ -142,22 +139,34 @@ class MoELayer(nn.Module):
         ids = None if token_ids is None else token_ids.reshape(-1)
         return flat, RoutingCall(flat_mask, self.training, key, ids, self.group_size)
 
-    def _limit(self, routed: Routed, call: RoutingCall) -> tuple[Routed, int | Tensor | None]:
-        """Return the routed tokens and the places of each expert: one number, or one per routing group."""
-        capacity, assignment = self.capacity, routed.assignment
+    def _plan(self, routed: Routed, call: RoutingCall) -> tuple[Assignment, DispatchPlan]:
+        """Return where the choices are sent, and the plan of it; dropless unless there is a capacity."""
+        static = torch.compiler.is_compiling() or choose_backend(self.backend)[0] == "padded"
+        capacity, sent, kept = self.capacity, routed.assignment, None
         if capacity is None or capacity.factor_in(self.training) is None:
-            return routed, None
-        num_tokens, device = assignment.num_tokens, assignment.experts.device
-        limit: int | Tensor | None
-        if call.mask is None and (self.group_size is None or num_tokens % self.group_size == 0):
-            size = num_tokens if self.group_size is None else self.group_size
-            limit = capacity.places(self.num_selected, size, self.num_experts, self.training)
-        else:
-            tokens = tokens_of_groups(call.mask, num_tokens, self.group_size, device)
-            limit = capacity.places_of_groups(self.num_selected, tokens, self.num_experts, self.training)
-        if capacity.reroute and limit is not None:
-            routed = reroute(routed, limit, self.group_size, capacity.order)
-        return routed, limit
+            return sent, make_plan(sent, static=static)
+        limit, most = self._limit(capacity, sent.num_tokens, call.mask)
+        if capacity.reroute:
+            sent, kept = reroute(routed, limit, self.group_size, capacity.order)
+        plan = make_plan(
+            sent,
+            limit,
+            group_size=self.group_size,
+            order=capacity.order,
+            static=static,
+            kept=kept,
+            most=most,
+        )
+        return sent, plan
+
+    def _limit(self, capacity: Capacity, num_tokens: int, mask: Tensor | None) -> tuple[int | Tensor, int]:
+        """Return the places of each expert, one number or one per routing group, and the most of any."""
+        size = num_tokens if self.group_size is None else min(self.group_size, num_tokens)
+        most = capacity.places(self.num_selected, size, self.num_experts, self.training)
+        if mask is None and (size == 0 or num_tokens % size == 0):
+            return most, most
+        tokens = tokens_of_groups(mask, num_tokens, self.group_size, self.router.weight.device)
+        return capacity.places_of_groups(self.num_selected, tokens, self.num_experts, self.training), most
 
 
 def _capacity(capacity: Capacity | None, factor: float | None, own: Capacity | None) -> Capacity | None:

@@ -5,55 +5,83 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from gatewright.parts.capacity import Order
-from gatewright.parts.dispatch import made_choices, queue_positions
-from gatewright.parts.groups import group_ids, num_groups
+from gatewright.parts.dispatch import choice_queues, highest_weights, made_choices, queue_positions
+from gatewright.parts.groups import count_into, group_ids
 from gatewright.parts.router import Routed
+from gatewright.parts.routing import Assignment
 
 
-def reroute(routed: Routed, limit: int | Int64[Tensor, "G"], group_size: int | None, order: Order) -> Routed:
-    """Return the same tokens with every choice beyond capacity sent to the best expert, by score, that the
-    token has not tried; again and again, until it finds room or all experts are tried.
+def reroute(
+    routed: Routed, limit: int | Int64[Tensor, "G"], group_size: int | None, order: Order
+) -> tuple[Assignment, Bool[Tensor, "T K"]]:
+    """Return the assignment in which every choice beyond capacity went on to the best expert, by score, that
+    its token had not tried, round by round, until it found room or no expert was left; and who has a place.
 
-    Equation: Switch Transformer appendix B. Who has room keeps it; within a round `order` decides. A moved
-    choice weighs the score of its new expert; one that never finds room stays at the last expert it tried,
-    beyond its capacity, and is dropped there.
+    Equation: Switch Transformer appendix B. Who has a place keeps it. In a round a token's waiting choices
+    take its best untried experts by rank, and all of them queue in `order` behind those who came before. A
+    moved choice weighs w s' / s, with s the score of the expert it chose and s' that of the one it went to:
+    the score itself for raw weights, and under the same divisor for renormalised ones. A choice that never
+    finds room stays as it was, without a place. Withdrawn choices take theirs and never move.
     """
-    assignment, scores = routed.assignment, routed.scores.detach()
-    num_tokens, num_experts = assignment.num_tokens, assignment.num_experts
-    made = made_choices(assignment)
-    groups = group_ids(num_tokens, group_size, scores.device).unsqueeze(-1)
-    bins = num_groups(num_tokens, group_size) * num_experts
-    room = limit[groups] if isinstance(limit, Tensor) else limit
-    experts = assignment.experts
-    held = made & (queue_positions(assignment, group_size, order) < room)
-    start = experts
-    tried = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=scores.device)
-    tried.scatter_(1, torch.where(made, experts, num_experts), True)
-    tried = tried[:, :num_experts]
-    for _ in range(num_experts - 1):
-        if not torch.compiler.is_compiling() and not bool((made & ~held).any() & ~tried.all()):
+    assignment = routed.assignment
+    made, experts = made_choices(assignment), assignment.experts
+    limits: int | Tensor = limit
+    if isinstance(limit, Tensor):
+        group = group_ids(assignment.num_tokens, group_size, limit.device)
+        limits = limit.index_select(0, group).unsqueeze(-1)
+    kept = made & (queue_positions(assignment, group_size, order) < limits)
+    untried, left = _untried(routed.scores.detach(), experts, made, kept)
+    queues, last = choice_queues(experts, assignment.num_experts, group_size)
+    came = count_into(queues.reshape(-1), last + 1)
+    priority = highest_weights(assignment).unsqueeze(-1).expand_as(experts)
+    tried = torch.zeros_like(left)
+    for _ in range(assignment.num_experts - 1):
+        waiting = made & ~kept
+        number = tried + waiting.cumsum(dim=1) - 1
+        waiting = waiting & (number < left)
+        if not torch.compiler.is_compiling() and not bool(waiting.any()):
             break
-        for rank in range(assignment.num_selected):
-            waiting = made[:, rank] & ~held[:, rank] & ~tried.all(dim=1)
-            best = torch.where(tried, -torch.inf, scores).argmax(dim=1)
-            column = torch.where(waiting, best, -1).unsqueeze(-1)
-            tried = tried.scatter(1, best.unsqueeze(-1), tried.gather(1, best.unsqueeze(-1)) | (column >= 0))
-            keys = torch.where(held, groups * num_experts + experts, bins).reshape(-1)
-            used = torch.bincount(keys, minlength=bins + 1)
-            trial = dataclasses.replace(
-                assignment, experts=column, weights=assignment.weights[:, rank : rank + 1], withdrawn=None
-            )
-            ahead = used[groups * num_experts + column.clamp(min=0)]
-            fits = (column >= 0) & (ahead + queue_positions(trial, group_size, order) < room)
-            position = torch.arange(experts.shape[1], device=experts.device) == rank
-            experts = torch.where(position & (column >= 0), column, experts)
-            held = held | (position & fits)
-    moved = made & (experts != start)
-    weights = torch.where(moved, routed.scores.gather(1, experts.clamp(min=0)), assignment.weights)
-    return dataclasses.replace(
-        routed, assignment=dataclasses.replace(assignment, experts=experts, weights=weights)
-    )
+        target = torch.where(waiting, untried.gather(1, number.clamp(0, assignment.num_experts - 1)), -1)
+        tried = tried + waiting.sum(dim=1, keepdim=True)
+        round_ = Assignment(target, priority, assignment.num_experts)
+        queues, _ = choice_queues(target, assignment.num_experts, group_size)
+        ahead = came[queues] + queue_positions(round_, group_size, order)
+        found = waiting & (ahead < limits)
+        experts = torch.where(found, target, experts)
+        kept = kept | found
+        came = came + count_into(queues.reshape(-1), last + 1)
+    weights = torch.where(experts != assignment.experts, _moved_weights(routed, experts), assignment.weights)
+    return dataclasses.replace(assignment, experts=experts, weights=weights), kept
+
+
+def _untried(scores: Tensor, experts: Tensor, made: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's experts [T, E], those that it did not choose first, the best of them leading; and
+    how many they are [T, 1]. Tokens of which no choice waits hold zeros.
+    """
+    num_tokens, num_experts = scores.shape
+    tried = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=scores.device)
+    tried = tried.scatter_(1, torch.where(made, experts, num_experts), True)[:, :num_experts]
+    left = num_experts - tried.sum(dim=1, keepdim=True)
+    ranked = torch.where(tried, -torch.inf, scores)
+    if torch.compiler.is_compiling():
+        return torch.sort(ranked, dim=1, descending=True, stable=True).indices, left
+    # Sorting is what costs here, and few tokens wait.
+    waiting = (made & ~kept).any(dim=1).nonzero().squeeze(-1)
+    order = torch.sort(ranked.index_select(0, waiting), dim=1, descending=True, stable=True).indices
+    return torch.zeros(scores.shape, dtype=torch.int64, device=scores.device).index_copy_(
+        0, waiting, order
+    ), left
+
+
+def _moved_weights(routed: Routed, experts: Tensor) -> Tensor:
+    """Return w s' / s [T, K]; s' itself where s is 0."""
+    chosen = routed.scores.gather(1, routed.assignment.experts.clamp(min=0))
+    found = routed.scores.gather(1, experts.clamp(min=0))
+    nothing = chosen == 0
+    # The quotient comes first: it is exactly 1 for raw weights.
+    divisor = routed.assignment.weights / torch.where(nothing, 1, chosen)
+    return torch.where(nothing, 1, divisor) * found
