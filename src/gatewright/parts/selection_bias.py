@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,7 +21,7 @@ class Float32State(nn.Module):
     bf16 bias of 1 would not feel a step of 0.001.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
