@@ -12,57 +12,17 @@ from gatewright.errors import UserError
 from gatewright.kernels import (
     ACTIVATIONS,
     BACKENDS,
-    DispatchPlan,
     ExpertWeights,
     choose_backend,
     expert_mlp,
     expert_mlp_sorted,
-    is_gated,
 )
-from gatewright.kernels.grouped import _aligned
+from gatewright.kernels.rows import aligned
+from tests.kernels.plans import draw_inputs, draw_weights, plan_of
 from tests.oracle import moe as oracle
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-
-
-def plan_of(rows_of: list[list[int]], num_experts: int) -> DispatchPlan:
-    """Build a plan by hand: `rows_of[t]` are token t's experts in order, -1 where dropped."""
-    num_selected = len(rows_of[0]) if rows_of else 1
-    token_ids, counts, slots = [], [0] * num_experts, [[-1] * num_selected for _ in rows_of]
-    for e in range(num_experts):
-        for t, experts in enumerate(rows_of):
-            for rank, chosen in enumerate(experts):
-                if chosen == e:
-                    slots[t][rank] = len(token_ids)
-                    token_ids.append(t)
-                    counts[e] += 1
-    flat = torch.tensor(slots, dtype=torch.int64).reshape(len(rows_of), num_selected)
-    return DispatchPlan(
-        torch.tensor(token_ids, dtype=torch.int64),
-        torch.tensor(counts, dtype=torch.int64),
-        flat,
-        bool((flat >= 0).all()),
-    )
-
-
-def draw_weights(
-    activation: str, num_experts: int, width: int, hidden: int, dtype: torch.dtype = torch.float64
-) -> ExpertWeights:
-    """Draw stacked weights of a fixed seed."""
-    draw = torch.Generator().manual_seed(5)
-    rows = hidden * (2 if is_gated(activation) else 1)
-    w_in = torch.randn(num_experts, rows, width, generator=draw).to(dtype)
-    w_down = torch.randn(num_experts, width, hidden, generator=draw).to(dtype)
-    return ExpertWeights(w_in.requires_grad_(), w_down.requires_grad_(), activation)
-
-
-def draw_inputs(plan: DispatchPlan, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Draw x [T, D] and combine weights [T, K]."""
-    draw = torch.Generator().manual_seed(6)
-    x = torch.randn(plan.num_tokens, width, generator=draw).to(dtype)
-    combine = torch.rand(plan.slots.shape, generator=draw).to(torch.promote_types(dtype, torch.float32))
-    return x.requires_grad_(), combine.requires_grad_()
 
 
 def by_hand(x: Tensor, rows_of: list[list[int]], combine: Tensor, weights: ExpertWeights) -> Tensor:
@@ -157,16 +117,17 @@ def test_backends_agree_at_a_size_where_grouped_matmuls_run(dtype: torch.dtype, 
         results[backend] = (y, *torch.autograd.grad(y.float().square().mean(), (x, combine, weights.w_in)))
     # Relative to each tensor's largest number. bf16 rounds at other places in the two, each time by 0.4 %.
     bound = 1e-5 if dtype == torch.float32 else 2e-2
-    for one, other in zip(results["reference"], results["grouped"], strict=True):
-        assert (one.float() - other.float()).abs().max() <= bound * one.float().abs().max()
+    for backend in BACKENDS:
+        for one, other in zip(results["reference"], results[backend], strict=True):
+            assert (one.float() - other.float()).abs().max() <= bound * one.float().abs().max()
 
 
 def test_alignment_follows_the_row_stride_in_bytes():
-    assert _aligned(torch.zeros(3, 4))
-    assert not _aligned(torch.zeros(3, 6))
-    assert not _aligned(torch.zeros(3, 4, dtype=torch.bfloat16))
-    assert _aligned(torch.zeros(3, 8, dtype=torch.bfloat16))
-    assert not _aligned(torch.zeros(3, 4, dtype=torch.float64))
+    assert aligned(torch.zeros(3, 4))
+    assert not aligned(torch.zeros(3, 6))
+    assert not aligned(torch.zeros(3, 4, dtype=torch.bfloat16))
+    assert aligned(torch.zeros(3, 8, dtype=torch.bfloat16))
+    assert not aligned(torch.zeros(3, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +140,7 @@ def test_alignment_follows_the_row_stride_in_bytes():
         (torch.bfloat16, 8, 16, 6),
     ],
 )
-def test_grouped_matmuls_run_where_rows_are_aligned(
+def test_grouped_matmuls_run_where_rows_arealigned(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, hidden: int, calls: int
 ):
     seen = []

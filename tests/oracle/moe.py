@@ -121,6 +121,8 @@ def gates(logits: list[Tensor], chosen: list[int], form: str) -> list[Tensor]:
 
 def act(name: str, h: Tensor) -> Tensor:
     """Return the activation of one hidden vector; gated ones take [2F], gate first."""
+    if name == "linear":
+        return h
     if name == "relu":
         return torch.stack([v if number(v) > 0 else v * 0 for v in h])
     if name == "gelu":
@@ -131,6 +133,11 @@ def act(name: str, h: Tensor) -> Tensor:
         return act("gelu", gate) * up
     if name == "swiglu":
         return gate / (1 + (-gate).exp()) * up
+    if name == "clamped_swiglu":
+        # A value beyond a cut is the cut itself, a constant.
+        gate = torch.stack([v if number(v) <= 7 else v * 0 + 7 for v in gate])
+        up = torch.stack([v if -7 <= number(v) <= 7 else v * 0 + 7 * math.copysign(1, number(v)) for v in up])
+        return (up + 1) * gate / (1 + (-1.702 * gate).exp())
     raise ValueError(name)
 
 

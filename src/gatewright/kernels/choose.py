@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gatewright.errors import UserError, did_you_mean
-from gatewright.kernels import grouped, reference
+from gatewright.kernels import grouped, padded, reference
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "grouped": grouped}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "grouped": grouped, "padded": padded}
 
 
 def choose_backend(name: str | None = None) -> tuple[str, str]:
@@ -20,6 +21,8 @@ def choose_backend(name: str | None = None) -> tuple[str, str]:
     Raises: UserError for an unknown name.
     """
     if name is None:
+        if torch.compiler.is_exporting():
+            return "padded", "an exported program shall run without this toolkit: torch's own operators alone"
         return "grouped", "fastest backend that is installed: grouped matmuls, gathers in both directions"
     if name not in BACKENDS:
         raise UserError(
@@ -34,19 +37,25 @@ def expert_mlp(
     combine_weights: Float[Tensor, "T K"],
     weights: ExpertWeights,
     backend: str | None = None,
+    hidden_scale: Float[Tensor, "M F"] | None = None,
 ) -> Float[Tensor, "T D"]:
     """Return y [T, D]: the planned rows of x [T, D] through their experts, combined with weights [T, K].
 
-    Args: `combine_weights` in at least fp32 for low-precision x; `backend` as `choose_backend` takes it.
-    Returns: differentiable in x, the combine weights and both expert weights.
+    Args: `combine_weights` in at least fp32 for low-precision x; `backend` as `choose_backend` takes it;
+    `hidden_scale` [M, F] multiplies the activated hidden rows, in sorted order (dropout; no gradient).
+    Returns: differentiable in x, the combine weights and all expert weights.
     """
-    return BACKENDS[choose_backend(backend)[0]].expert_mlp(x, plan, combine_weights, weights)
+    return BACKENDS[choose_backend(backend)[0]].expert_mlp(x, plan, combine_weights, weights, hidden_scale)
 
 
 def expert_mlp_sorted(
-    rows: Float[Tensor, "M D"], counts: Int64[Tensor, "E"], weights: ExpertWeights, backend: str | None = None
+    rows: Float[Tensor, "M D"],
+    counts: Int64[Tensor, "E"],
+    weights: ExpertWeights,
+    backend: str | None = None,
+    hidden_scale: Float[Tensor, "M F"] | None = None,
 ) -> Float[Tensor, "M D"]:
     """Return each sorted row's expert output [M, D] -> [M, D]; `counts` [E]: what an all-to-all leaves on
     a rank.
     """
-    return BACKENDS[choose_backend(backend)[0]].expert_mlp_sorted(rows, counts, weights)
+    return BACKENDS[choose_backend(backend)[0]].expert_mlp_sorted(rows, counts, weights, hidden_scale)

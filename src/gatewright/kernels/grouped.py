@@ -4,101 +4,120 @@ Why by hand: with the inverse view of the plan, combining and the gradient of di
 gather-sum, so no index_add is needed; multiplying the combine weight into the hidden row (not the output row)
 gives the weight's gradient from tensors that the backward pass has anyway; and only x and the pre-activations
 are kept for the backward pass.
+
+Under torch.compile the same two functions run as one operator that the compiler does not look into:
+F.grouped_mm describes itself to it for bf16 only, and the loop beside it looks at the numbers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gatewright.kernels.activations import activate, activate_backward
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
-
-_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether F.grouped_mm takes these: a dtype it knows, and row strides that are multiples of 16 bytes."""
-    return all(t.dtype in _GROUPED_DTYPES and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
-
-
-def _rows_times_weights(
-    rows: Float[Tensor, "M A"], weights: Float[Tensor, "E A B"], counts: Int64[Tensor, "E"]
-) -> Float[Tensor, "M B"]:
-    """Return rows [M, A] times weights [E, A, B] by group -> [M, B]; `weights` may be a transposed view."""
-    offsets = counts.cumsum(0, dtype=torch.int32)
-    stored = weights if weights.is_contiguous() else weights.mT
-    if rows.shape[0] and _aligned(rows, stored):
-        return F.grouped_mm(rows, weights, offs=offsets)
-    out = rows.new_empty(rows.shape[0], weights.shape[-1])
-    start = 0
-    for e, end in enumerate(offsets.tolist()):
-        if end > start:
-            torch.mm(rows[start:end], weights[e], out=out[start:end])
-        start = end
-    return out
+from gatewright.kernels.rows import (
+    by_row,
+    by_slot,
+    gather_sum,
+    outer_by_group,
+    owners,
+    rows_times_weights,
+    sum_by_group,
+)
 
 
-def _outer_by_group(
-    left: Float[Tensor, "M A"], right: Float[Tensor, "M B"], counts: Int64[Tensor, "E"]
-) -> Float[Tensor, "E A B"]:
-    """Return left[group].T @ right[group] -> [E, A, B] for left [M, A], right [M, B]: the weights'
-    gradient.
-    """
-    offsets = counts.cumsum(0, dtype=torch.int32)
-    if left.shape[0] and _aligned(left, right):
-        return F.grouped_mm(left.t(), right, offs=offsets)
-    out = left.new_zeros(counts.shape[0], left.shape[1], right.shape[1])
-    start = 0
-    for e, end in enumerate(offsets.tolist()):
-        if end > start:
-            torch.mm(left[start:end].t(), right[start:end], out=out[e])
-        start = end
-    return out
+class _Kept(NamedTuple):
+    """The tensors that take part, in the order of both operators' arguments."""
+
+    x: Tensor
+    combine_weights: Tensor
+    w_in: Tensor
+    w_down: Tensor
+    b_in: Tensor | None
+    b_down: Tensor | None
+    hidden_scale: Tensor | None
 
 
-def _gather_sum(rows: Float[Tensor, "M D"], plan: DispatchPlan) -> Float[Tensor, "T D"]:
-    """Return sum_k rows[slots[t, k]] -> [T, D], dropped slots adding nothing; sums in at least fp32."""
-    num_tokens, num_selected = plan.slots.shape
-    if num_tokens == 0 or rows.shape[0] == 0:
-        return rows.new_zeros(num_tokens, rows.shape[1])
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    slots = plan.slots
-    if not plan.all_kept:
-        wide = torch.cat([wide, wide.new_zeros(1, wide.shape[1])])
-        slots = torch.where(slots < 0, rows.shape[0], slots)
-    if num_selected == 1:
-        return wide.index_select(0, slots.view(-1)).to(rows.dtype)
-    return F.embedding_bag(slots, wide, mode="sum").to(rows.dtype)
+class _Gradients(NamedTuple):
+    x: Tensor | None
+    combine_weights: Tensor
+    w_in: Tensor
+    w_down: Tensor
+    b_in: Tensor | None
+    b_down: Tensor | None
 
 
-def _by_row(values: Float[Tensor, "T K"], plan: DispatchPlan) -> Float[Tensor, "M"]:
-    """Return values [T, K] in sorted-row order, [M]."""
-    flat = plan.slots.reshape(-1)
-    out = values.new_empty(plan.token_ids.shape[0])
-    if plan.all_kept:
-        out[flat] = values.reshape(-1)
-        return out
-    kept = flat >= 0
-    out[flat[kept]] = values.reshape(-1)[kept]
-    return out
+def _forward(kept: _Kept, activation: str, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+    """Return y and the pre-activations [M, F or 2F]; the combine weight is folded into the hidden rows."""
+    x, weigh_input = kept.x, plan.weight_side == "input"
+    rows = x.index_select(0, plan.token_ids)
+    row_weights = by_row(kept.combine_weights, plan).to(x.dtype).unsqueeze(-1)
+    if weigh_input:
+        rows = rows.mul_(row_weights)
+    pre = rows_times_weights(rows, kept.w_in.mT, plan.counts)
+    if kept.b_in is not None:
+        pre += kept.b_in.index_select(0, owners(plan))
+    hidden = activate(activation, pre)
+    if kept.hidden_scale is not None:
+        hidden = hidden * kept.hidden_scale
+    if not weigh_input:
+        hidden = hidden * row_weights
+    out = rows_times_weights(hidden, kept.w_down.mT, plan.counts)
+    if kept.b_down is not None:
+        bias = kept.b_down.index_select(0, owners(plan))
+        out += bias if weigh_input else bias.mul_(row_weights)
+    return gather_sum(out, plan), pre
 
 
-def _by_slot(values: Float[Tensor, "M"], plan: DispatchPlan) -> Float[Tensor, "T K"]:
-    """Return values [M] at their [T, K] slots, zero where dropped."""
-    if plan.all_kept:
-        return values.index_select(0, plan.slots.reshape(-1)).view_as(plan.slots)
-    padded = torch.cat([values, values.new_zeros(1)])
-    return padded[torch.where(plan.slots < 0, values.shape[0], plan.slots)]
+def _backward(
+    grad_y: Tensor, pre: Tensor, kept: _Kept, activation: str, plan: DispatchPlan, need_x: bool
+) -> _Gradients:
+    """Return the gradients; of x only where needed."""
+    x, scale, weigh_input = kept.x, kept.hidden_scale, plan.weight_side == "input"
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    grad_out = grad_y.contiguous().index_select(0, plan.token_ids)
+    row_weights = by_row(kept.combine_weights, plan).to(x.dtype).unsqueeze(-1)
+    hidden = activate(activation, pre)
+    if scale is not None:
+        hidden = hidden * scale
+    elif activation == "linear":
+        hidden = hidden.clone()  # it is `pre` itself, which a second backward pass may need
+    grad_hidden = rows_times_weights(grad_out, kept.w_down, plan.counts)
+    if not weigh_input:
+        grad_row_weights = (grad_hidden * hidden).sum(dim=-1, dtype=accumulate)
+        if kept.b_down is not None:
+            bias = kept.b_down.index_select(0, owners(plan))
+            grad_row_weights += (grad_out * bias).sum(dim=-1, dtype=accumulate)
+        hidden, grad_hidden = hidden.mul_(row_weights), grad_hidden.mul_(row_weights)
+    grad_w_down = outer_by_group(grad_out, hidden, plan.counts)
+    grad_b_down = None
+    if kept.b_down is not None:
+        grad_b_down = sum_by_group(grad_out if weigh_input else grad_out * row_weights, plan.counts)
+    if scale is not None:
+        grad_hidden = grad_hidden.mul_(scale)
+    grad_pre = activate_backward(activation, grad_hidden, pre)
+    grad_b_in = None if kept.b_in is None else sum_by_group(grad_pre, plan.counts)
+    rows = x.index_select(0, plan.token_ids)
+    weighed = rows * row_weights if weigh_input else rows
+    grad_w_in = outer_by_group(grad_pre, weighed, plan.counts)
+    grad_x = None
+    if need_x or weigh_input:
+        grad_rows = rows_times_weights(grad_pre, kept.w_in, plan.counts)
+        if weigh_input:
+            grad_row_weights = (grad_rows * rows).sum(dim=-1, dtype=accumulate)
+            grad_rows = grad_rows.mul_(row_weights)
+        grad_x = gather_sum(grad_rows, plan)
+    grad_weights = by_slot(grad_row_weights, plan).to(kept.combine_weights.dtype)
+    return _Gradients(grad_x, grad_weights, grad_w_in, grad_w_down, grad_b_in, grad_b_down)
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """y = combine(FFN(x[token_ids])) with the combine weight folded into the hidden rows."""
+    """y = combine(FFN(x[token_ids]))."""
 
     @staticmethod
     def forward(
@@ -107,54 +126,117 @@ class _GroupedExperts(torch.autograd.Function):
         combine_weights: Tensor,
         w_in: Tensor,
         w_down: Tensor,
+        b_in: Tensor | None,
+        b_down: Tensor | None,
+        hidden_scale: Tensor | None,
         activation: str,
         plan: DispatchPlan,
     ) -> Tensor:
-        rows = x.index_select(0, plan.token_ids)
-        pre = _rows_times_weights(rows, w_in.mT, plan.counts)
-        row_weights = _by_row(combine_weights, plan).to(x.dtype)
-        hidden = activate(activation, pre) * row_weights.unsqueeze(-1)
-        out = _rows_times_weights(hidden, w_down.mT, plan.counts)
-        ctx.save_for_backward(x, combine_weights, w_in, w_down, pre)
+        kept = _Kept(x, combine_weights, w_in, w_down, b_in, b_down, hidden_scale)
+        y, pre = _forward(kept, activation, plan)
+        ctx.save_for_backward(pre, *kept)
         ctx.activation, ctx.plan = activation, plan
-        return _gather_sum(out, plan)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, combine_weights, w_in, w_down, pre = ctx.saved_tensors
-        plan: DispatchPlan = ctx.plan
-        grad_out = grad_y.contiguous().index_select(0, plan.token_ids)
-        row_weights = _by_row(combine_weights, plan).to(x.dtype).unsqueeze(-1)
-        hidden = activate(ctx.activation, pre)
-        grad_hidden = _rows_times_weights(grad_out, w_down, plan.counts)
-        accumulate = torch.promote_types(x.dtype, torch.float32)
-        grad_row_weights = (grad_hidden * hidden).sum(dim=-1, dtype=accumulate)
-        grad_w_down = _outer_by_group(grad_out, hidden.mul_(row_weights), plan.counts)
-        grad_pre = activate_backward(ctx.activation, grad_hidden.mul_(row_weights), pre)
-        grad_w_in = _outer_by_group(grad_pre, x.index_select(0, plan.token_ids), plan.counts)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _gather_sum(_rows_times_weights(grad_pre, w_in, plan.counts), plan)
-        grad_weights = _by_slot(grad_row_weights, plan).to(combine_weights.dtype)
-        return grad_x, grad_weights, grad_w_in, grad_w_down, None, None
+        pre, *kept = ctx.saved_tensors
+        found = _backward(grad_y, pre, _Kept(*kept), ctx.activation, ctx.plan, ctx.needs_input_grad[0])
+        return *found, None, None, None
+
+
+_TENSORS = (
+    "Tensor x, Tensor combine_weights, Tensor w_in, Tensor w_down, Tensor? b_in, Tensor? b_down, "
+    "Tensor? hidden_scale, Tensor token_ids, Tensor counts, Tensor slots, "
+    "bool all_kept, str activation, str weight_side"
+)
+_FORWARD, _BACKWARD = "gatewright::grouped_experts", "gatewright::grouped_experts_backward"
+
+
+def _unpack(given: tuple[Any, ...]) -> tuple[_Kept, str, DispatchPlan]:
+    token_ids, counts, slots, all_kept, activation, weight_side = given[7:]
+    return _Kept(*given[:7]), activation, DispatchPlan(token_ids, counts, slots, all_kept, weight_side)
+
+
+def _compiled_forward(*given: Any) -> tuple[Tensor, Tensor]:
+    return _forward(*_unpack(given))
+
+
+def _compiled_backward(grad_y: Tensor, pre: Tensor, need_x: bool, *given: Any) -> tuple[Tensor, ...]:
+    found = _backward(grad_y, pre, *_unpack(given), need_x=need_x)
+    # An operator cannot return None: what is not there is an empty tensor.
+    return tuple(pre.new_empty(0) if grad is None else grad for grad in found)
+
+
+def _shape_of_forward(*given: Any) -> tuple[Tensor, Tensor]:
+    x, w_in, token_ids = given[0], given[2], given[7]
+    return torch.empty_like(x), x.new_empty(token_ids.shape[0], w_in.shape[1])
+
+
+def _shape_of_backward(grad_y: Tensor, pre: Tensor, need_x: bool, *given: Any) -> tuple[Tensor, ...]:
+    present = (need_x or given[12] == "input", True, True, True, given[4] is not None, given[5] is not None)
+    return tuple(
+        torch.empty_like(one, memory_format=torch.contiguous_format) if here else pre.new_empty(0)
+        for one, here in zip(given[:6], present, strict=True)
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs[:10])
+    ctx.words = inputs[10:]
+
+
+def _differentiate(ctx: Any, grad_y: Tensor, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
+    pre, *given = ctx.saved_tensors
+    found = torch.ops.gatewright.grouped_experts_backward(
+        grad_y, pre, ctx.needs_input_grad[0], *given, *ctx.words
+    )
+    there = [given[i] is not None and ctx.needs_input_grad[i] for i in range(6)]
+    return *(grad if here else None for grad, here in zip(found, there, strict=True)), *[None] * 7
+
+
+if not hasattr(torch.ops.gatewright, "grouped_experts"):
+    torch.library.define(_FORWARD, f"({_TENSORS}) -> (Tensor, Tensor)")
+    torch.library.impl(_FORWARD, "CompositeExplicitAutograd", _compiled_forward)
+    torch.library.register_fake(_FORWARD, _shape_of_forward)
+    torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_keep)
+    torch.library.define(
+        _BACKWARD,
+        f"(Tensor grad_y, Tensor pre, bool need_x, {_TENSORS}) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    )
+    torch.library.impl(_BACKWARD, "CompositeExplicitAutograd", _compiled_backward)
+    torch.library.register_fake(_BACKWARD, _shape_of_backward)
 
 
 def expert_mlp(
-    x: Float[Tensor, "T D"], plan: DispatchPlan, combine_weights: Float[Tensor, "T K"], weights: ExpertWeights
+    x: Float[Tensor, "T D"],
+    plan: DispatchPlan,
+    combine_weights: Float[Tensor, "T K"],
+    weights: ExpertWeights,
+    hidden_scale: Float[Tensor, "M F"] | None = None,
 ) -> Float[Tensor, "T D"]:
     """Return y [T, D] as `reference.expert_mlp` does, by grouped matmuls. Once differentiable."""
-    out: Tensor = _GroupedExperts.apply(
-        x, combine_weights, weights.w_in, weights.w_down, weights.activation, plan
-    )
+    w = weights
+    tensors = (x, combine_weights, w.w_in, w.w_down, w.b_in, w.b_down, hidden_scale)
+    if torch.compiler.is_compiling():
+        views = plan.token_ids, plan.counts, plan.slots, plan.all_kept
+        y, _ = torch.ops.gatewright.grouped_experts(*tensors, *views, w.activation, plan.weight_side)
+    else:
+        y = _GroupedExperts.apply(*tensors, w.activation, plan)
+    out: Tensor = y
     return out
 
 
 def expert_mlp_sorted(
-    rows: Float[Tensor, "M D"], counts: Int64[Tensor, "E"], weights: ExpertWeights
+    rows: Float[Tensor, "M D"],
+    counts: Int64[Tensor, "E"],
+    weights: ExpertWeights,
+    hidden_scale: Float[Tensor, "M F"] | None = None,
 ) -> Float[Tensor, "M D"]:
     """Return each sorted row's expert output [M, D]; `counts` [E] rows per expert, summing to M."""
     order = torch.arange(rows.shape[0], device=rows.device)
     plan = DispatchPlan(token_ids=order, counts=counts, slots=order.unsqueeze(-1), all_kept=True)
     ones = torch.ones(rows.shape[0], 1, dtype=rows.dtype, device=rows.device)
-    return expert_mlp(rows, plan, ones, weights)
+    return expert_mlp(rows, plan, ones, weights, hidden_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -45,12 +46,20 @@ class DispatchPlan:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Stacked weights of E experts without biases.
+    """Stacked weights of E experts, with or without biases.
 
     `w_in` is `w_gate_up` [E, 2F, D] (gate rows first) for gated activations, else `w_up` [E, F, D]; `w_down`
-    is [E, D, F].
+    is [E, D, F]; `b_in` [E, 2F or F] and `b_down` [E, D] are added to what the two give.
     """
 
-    w_in: Float[Tensor, "E _ D"]
+    w_in: Float[Tensor, "E H D"]
     w_down: Float[Tensor, "E D F"]
     activation: str
+    b_in: Float[Tensor, "E H"] | None = None
+    b_down: Float[Tensor, "E D"] | None = None
+
+    def in_dtype(self, dtype: torch.dtype) -> ExpertWeights:
+        """Return the same weights in another dtype, with their gradients."""
+        b_in = None if self.b_in is None else self.b_in.to(dtype)
+        b_down = None if self.b_down is None else self.b_down.to(dtype)
+        return ExpertWeights(self.w_in.to(dtype), self.w_down.to(dtype), self.activation, b_in, b_down)
