@@ -129,7 +129,7 @@ def attributes(trainer: Trainer) -> dict[str, Any]:
         key: value
         for key, value in vars(trainer).items()
         if isinstance(value, (int, float, str, list, dict, torch.Tensor))
-        and key not in ("_names", "validation_text")
+        and key not in ("_names", "_state", "_routers", "validation_text")
     }
     held |= {f"history.{key}": value for key, value in vars(trainer.history).items()}
     for name, tensor in (*trainer.model.named_parameters(), *trainer.model.named_buffers()):

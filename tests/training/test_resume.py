@@ -126,7 +126,7 @@ def test_every_setting_but_the_free_ones_is_held(data: list[str], tmp_path: Path
     other = {"schedule": "cosine", "precision": "bf16", "router_dtype": "bf16", "on_nonfinite": "skip"}
     other |= {"paper": "olmoe", "tokenizer": "bpe:300", "data": ("/elsewhere",), "moe_layers": "last:1"}
     other |= {"tie_embeddings": True, "ema": 0.5, "beta1": 0.8, "beta2": 0.9, "decay_share": 0.3}
-    other |= {"data_fraction": 0.5, "final_rate": 0.5}
+    other |= {"data_fraction": 0.5, "final_rate": 0.5, "balance_scope": "sequence"}
     held = 0
     for name, value in settings_tables(run, run.model)["run"].items():
         if name in {*FREE, "device"}:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
 from gatewright.backbones.norm import RMSNorm
 from gatewright.errors import UserError
-from gatewright.parts import MoELayer, Stats
+from gatewright.parts import MoELayer, Router, Stats
+from gatewright.parts.draws import fold
 
 
 class DecoderOutput(NamedTuple):
@@ -53,12 +54,16 @@ class Block(nn.Module):
         sin: Float[Tensor, "S head_dim"],
         cache: LayerCache | None = None,
         capture: bool = False,
+        key: Int64[Tensor, ""] | None = None,
+        token_ids: Int64[Tensor, "B S"] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Stats]:
-        """Return the block's output and the Stats of its router (empty for a dense block)."""
+        """Return the block's output and the Stats of its router (empty for a dense block); `key` and
+        `token_ids` are what MoELayer takes.
+        """
         x = x + self.attention(self.attention_norm(x), cos, sin, cache)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoELayer):
-            y, stats = self.feed_forward(normed, capture=capture)
+            y, stats = self.feed_forward(normed, capture=capture, key=key, token_ids=token_ids)
             return x + y, stats
         return x + self.feed_forward(normed), Stats()
 
@@ -131,11 +136,25 @@ class Decoder(nn.Module):
             ]
         )
 
+    def routers(self) -> dict[str, Router]:
+        """Return every router under the name that its record has in Stats."""
+        layers = ((i, block.feed_forward) for i, block in enumerate(self.layers))
+        return {
+            f"layers.{i}.{name}": router
+            for i, layer in layers
+            if isinstance(layer, MoELayer)
+            for name, router in layer.routers().items()
+        }
+
     def forward(
-        self, tokens: Int64[Tensor, "B S"], cache: KVCache | None = None, capture: bool = False
+        self,
+        tokens: Int64[Tensor, "B S"],
+        cache: KVCache | None = None,
+        capture: bool = False,
+        key: Int64[Tensor, ""] | None = None,
     ) -> DecoderOutput:
         """Return logits and Stats. With a cache, `tokens` continue it; with `capture`, Stats hold every
-        token's way.
+        token's way; `key` 0-d int64 fixes the routers' noise and coins in training (None: torch's generator).
         """
         start = cache.length if cache is not None else 0
         length = tokens.shape[1]
@@ -150,6 +169,8 @@ class Decoder(nn.Module):
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         stats = Stats()
         for i, block in enumerate(self.layers):
-            x, own = block(x, cos, sin, cache.layers[i] if cache is not None else None, capture)
+            own_key = None if key is None else fold(key, i)
+            own_cache = None if cache is None else cache.layers[i]
+            x, own = block(x, cos, sin, own_cache, capture, own_key, tokens)
             stats = stats | own.under(f"layers.{i}")
         return DecoderOutput(self.head(self.norm(x)), stats)

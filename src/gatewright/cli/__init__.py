@@ -13,6 +13,7 @@ COMMANDS: dict[str, str] = {
     "generate": "continue a text with a trained checkpoint",
     "plan": "parameters, FLOPs and memory of a model, without building it",
     "papers": "the lineage of Mixture-of-Experts and what each paper added",
+    "routers": "every routing rule: scores, selection, weights, losses, causal or not",
     "data": "profile the text that a run would train on",
     "doctor": "check this installation and machine",
     "reproduce": "rebuild a recorded result: gatewright reproduce PAPER/TABLE",

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from gatewright.errors import UserError, did_you_mean
+from gatewright.experiments.balance import CLAIM as BALANCE_CLAIM
+from gatewright.experiments.balance import run_balance
 from gatewright.experiments.pages import race_page
 from gatewright.experiments.quickstart import HOUR, QUICKSTART, RacePlan, run_plan
+from gatewright.experiments.rules_compared import CLAIM as COMPARE_CLAIM
+from gatewright.experiments.rules_compared import run_compare
 from gatewright.training.checkpoint import write_atomic
 
 Record = dict[str, Any]
@@ -65,7 +69,11 @@ def _race_target(plan: RacePlan) -> Target:
     return Target(plan.name, plan.claim, run)
 
 
-TARGETS: dict[str, Target] = {plan.name: _race_target(plan) for plan in (QUICKSTART, HOUR)}
+TARGETS: dict[str, Target] = {
+    **{plan.name: _race_target(plan) for plan in (QUICKSTART, HOUR)},
+    "switch/balance": Target("switch/balance", BALANCE_CLAIM, run_balance),
+    "routers/compare": Target("routers/compare", COMPARE_CLAIM, run_compare),
+}
 
 
 def reproduce(
@@ -92,7 +100,8 @@ def reproduce(
         if picture.exists():
             files.append(out / f"{name}-{axis}.png")
             shutil.copyfile(picture, files[-1])
-    return Reproduction(target, quick, record["race"]["verdict"]["sentence"], tuple(str(f) for f in files))
+    verdict = record["race"]["verdict"] if "race" in record else record["verdict"]
+    return Reproduction(target, quick, verdict["sentence"], tuple(str(f) for f in files))
 
 
 def slim_race(race: Record) -> Record:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatewright.errors import UserError
-from gatewright.parts.balancing import balance_loss, z_loss
+from gatewright.errors import UserError, did_you_mean
+from gatewright.parts.balancing import SCOPES, Scope, balance_loss, z_loss
+from gatewright.parts.losses import LOSSES
 from gatewright.parts.stats import Stats
 
 
@@ -39,27 +41,48 @@ class ModelOutput(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """total = cross-entropy + balance_weight * balance_loss + z_weight * z_loss (both: mean over routers,
-    see their docstrings).
+    """total = cross-entropy + balance_weight * balance_loss + z_weight * z_loss + sum over `losses` of weight
+    * loss (all: mean over routers, see their docstrings).
+
+    `losses`: weights by name of `gatewright.parts.LOSSES`, for what those two lack. `scope`: over what
+    the balance loss asks for evenness; "global_batch" needs the counts handed in at each call.
     """
 
     balance_weight: float = 0.0
     z_weight: float = 0.0
+    losses: Mapping[str, float] = field(default_factory=dict)
+    scope: Scope = "micro_batch"
 
     def __post_init__(self) -> None:
         if not (self.balance_weight >= 0 and self.z_weight >= 0):
             raise UserError(
                 f"balance_weight {self.balance_weight}, z_weight {self.z_weight}; allowed: 0 or more"
             )
+        for name, weight in self.losses.items():
+            if name not in LOSSES:
+                near = did_you_mean(name, LOSSES)
+                raise UserError(f"loss {name!r} is unknown{near}; allowed: {', '.join(LOSSES)}")
+            if not weight >= 0:
+                raise UserError(f"losses {name} {weight}; allowed: 0 or more")
+        if self.scope not in SCOPES:
+            raise UserError(
+                f"scope {self.scope!r} is unknown{did_you_mean(self.scope, SCOPES)}; allowed: "
+                f"{', '.join(SCOPES)}"
+            )
 
-    def __call__(self, output: ModelOutput, targets: Tensor) -> Loss:
+    def __call__(
+        self, output: ModelOutput, targets: Tensor, counts: Mapping[str, Tensor] | None = None
+    ) -> Loss:
         """Return the Loss; `targets` [B, S] int64 is the token that follows each; cross-entropy is taken
-        in at least fp32.
+        in at least fp32. `counts`: each router's counts over the global batch, for that scope.
         """
         logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
         task = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        balance, z = balance_loss(output.stats), z_loss(output.stats)
+        counts = counts if self.scope == "global_batch" else None
+        balance, z = balance_loss(output.stats, self.scope, counts), z_loss(output.stats)
         total = task
+        for name, weight in self.losses.items() if len(output.stats) else ():
+            total = total + weight * LOSSES[name](output.stats)
         if len(output.stats):
             total = total + self.balance_weight * balance + self.z_weight * z
         return Loss(total, task, balance.detach(), z.detach())

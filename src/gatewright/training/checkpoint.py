@@ -199,13 +199,21 @@ def clear_leftovers(folder: Path) -> None:
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_tensors(held: Mapping[str, Mapping[str, Tensor]], shapes: Shapes, *, averaged: bool) -> None:
-    """Raise UserError unless weights, averages and AdamW's state are whole and fit parameters of `shapes`.
+def check_tensors(
+    held: Mapping[str, Mapping[str, Tensor]],
+    shapes: Shapes,
+    *,
+    averaged: bool,
+    buffers: Shapes | None = None,
+) -> None:
+    """Raise UserError unless weights, averages and AdamW's state are whole and fit parameters of `shapes`,
+    and `buffers` stand beside the weights.
 
     A parameter that never got a gradient has no optimizer state; one with part of it would begin anew.
     """
     for file in ("model", "average") if averaged else ("model",):
-        if {n: tuple(t.shape) for n, t in held.get(file, {}).items()} != shapes:
+        wanted = {**shapes, **(buffers or {})} if file == "model" else dict(shapes)
+        if {n: tuple(t.shape) for n, t in held.get(file, {}).items()} != wanted:
             raise UserError(_other_tensors(file))
     moments = {name: tuple(t.shape) for name, t in held.get("optimizer", {}).items()}
     begun = {name.rpartition("/")[0] for name in moments}

@@ -17,6 +17,7 @@ from gatewright.training.checkpoint import newest_checkpoint
 from gatewright.training.precision import set_router_dtype
 from gatewright.training.run import TrainRun
 from gatewright.training.settings_file import read_settings
+from gatewright.training.state import saved_buffers
 from gatewright.training.trainer import resolve_device
 
 
@@ -51,10 +52,10 @@ def load_run(out: str | Path, *, device: str = "cpu", averaged: bool = False) ->
     if averaged:
         if "average" not in held.tensors:
             raise UserError(f"{out} was trained without averaged weights (ema 0); use the live ones")
-        weights = dict(held.tensors["average"])
+        weights |= held.tensors["average"]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+        for name, value in [*model.named_parameters(), *saved_buffers(model)]:
+            value.copy_(weights[name])
     set_router_dtype(model, run.router_dtype)
     tokenizer = load_tokenizer(out / "tokenizer.json")
     return LoadedRun(model.to(place).eval(), tokenizer, run, settings, held.step)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gatewright.errors import UserError, did_you_mean
 from gatewright.training.schedule import SCHEDULES
 
 Precision = Literal["fp32", "bf16"]
+BalanceScope = Literal["micro_batch", "sequence", "global_batch"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class LoopSettings:
     """fp32, or bf16 for all matmuls but the routers' (weights and optimizer stay fp32)"""
     router_dtype: Precision = "fp32"
     """what the routers compute in"""
+    balance_scope: BalanceScope = "micro_batch"
+    """over what the balance loss asks for evenness: sequence, micro_batch, or global_batch (all micro-batches
+    of a step, by a running count)
+    """
     evaluations: int = 12
     """evaluations on validation text, evenly spread; the last one is at the end"""
     eval_bytes: int = 262_144
@@ -77,6 +82,12 @@ class LoopSettings:
         if self.schedule not in SCHEDULES:
             near = did_you_mean(self.schedule, SCHEDULES)
             raise UserError(f"schedule {self.schedule!r} is unknown{near}; allowed: {', '.join(SCHEDULES)}")
+        scopes = get_args(BalanceScope)
+        if self.balance_scope not in scopes:
+            near = did_you_mean(self.balance_scope, scopes)
+            raise UserError(
+                f"balance_scope {self.balance_scope!r} is unknown{near}; allowed: {', '.join(scopes)}"
+            )
         require_finite(self)
         _require_at_least(self, 1, "batch_tokens", "accumulation", "evaluations", "eval_bytes")
         _require_at_least(self, 1, "checkpoint_every", "keep_checkpoints", "log_every")

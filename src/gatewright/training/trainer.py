@@ -12,23 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatewright.backbones import Cost, count_cost, on_no_memory
+from gatewright.backbones import Cost, Decoder, count_cost, on_no_memory
 from gatewright.data import Corpus
 from gatewright.errors import Diverged, UserError
 from gatewright.evaluation import Bits, bits_per_byte, take_bytes
 from gatewright.papers.registry import get_paper
+from gatewright.parts import Stats
+from gatewright.parts.draws import fold
+from gatewright.parts.running import RunningCounts
 from gatewright.training.checkpoint import Checkpoint, check_tensors, optimizer_tensors, restore_optimizer
 from gatewright.training.history import History
 from gatewright.training.optimizer import AveragedWeights, build_adamw, clip_gradients
 from gatewright.training.precision import autocast, set_router_dtype
 from gatewright.training.run import TrainRun, require_finite
 from gatewright.training.schedule import rate_factor
+from gatewright.training.state import first_nonfinite, saved_buffers, update_rules
 
 
 class Trainer:
-    """Advances one model on one corpus. Every number it makes follows from `run` and the step:
-    `batch(step)` is pure, nothing is drawn.
-    """
+    """Advances one model on one corpus. Every number it makes follows from `run` and the step."""
 
     def __init__(self, run: TrainRun, corpus: Corpus, name: str = "model") -> None:
         self.run, self.corpus, self.name = run, corpus, name
@@ -41,7 +43,7 @@ class Trainer:
         torch.manual_seed(run.seed)
         self.model: nn.Module = paper.build(self.settings).to(self.device)
         set_router_dtype(self.model, run.router_dtype)
-        self.objective = paper.objective(self.settings)
+        self.objective = dataclasses.replace(paper.objective(self.settings), scope=run.balance_scope)
         self.optimizer = build_adamw(self.model, run, run.learning_rate)
         self.average = AveragedWeights(self.model, run.ema) if run.ema else None
         self.cost: Cost = count_cost(self.model, self.context)
@@ -52,6 +54,9 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.history = History()
         self._names = {p: n for n, p in self.model.named_parameters()}
+        # What rules learn from loads (selection biases, penalties) is state like any weight.
+        self._state = {**dict(self.model.named_parameters()), **dict(saved_buffers(self.model))}
+        self._routers = self.model.routers() if isinstance(self.model, Decoder) else {}
         self.validation_text = self._validation_text()
 
     @property
@@ -61,9 +66,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, by tokens or, with a limit in minutes, by the clock where that is
-        ahead.
-        """
+        """Share of the run that is done, by tokens or, with a limit in minutes, by the clock if ahead."""
         by_tokens = self.step / self.total_steps
         if self.run.minutes is None:
             return by_tokens
@@ -80,9 +83,7 @@ class Trainer:
         )
 
     def advance(self) -> dict[str, Any]:
-        """Take one optimizer step and return its record (loss in nats per token, learning rate, seconds,
-        gradient norm).
-        """
+        """Take one optimizer step and return its record (loss in nats per token, rate, seconds, ...)."""
         started = time.perf_counter()
         rate = self.run.learning_rate * rate_factor(
             self.run.schedule,
@@ -101,6 +102,7 @@ class Trainer:
         finite = bool(np.isfinite(loss_value) and np.isfinite(norm_value))
         if finite:
             self.optimizer.step()
+            update_rules(self._routers, stats)
             if self.average is not None:
                 self.average.update()
         fault = "" if finite else self._nonfinite_line(loss_value, norm_value, stats)
@@ -124,15 +126,16 @@ class Trainer:
         return record
 
     def _gradients(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Accumulate the gradients of one step; return the mean task loss and the routers' counts, summed
-        over micro-batches.
-        """
+        """Accumulate one step's gradients; return the mean task loss and what each router counted."""
         loss = torch.zeros((), device=self.device)
         counted: dict[str, dict[str, Tensor]] = {}
-        for micro in batch.split(self.micro_size):
+        root, running = torch.tensor(self.run.seed, device=self.device), RunningCounts()
+        for place, micro in enumerate(batch.split(self.micro_size)):
+            # Noise and coins follow from seed, step and micro-batch: a resumed run repeats them.
+            key = fold(root, self.step, place)
             with autocast(self.run.precision, self.device):
-                output = self.model(micro[:, :-1])
-                parts = self.objective(output, micro[:, 1:])
+                output = self.model(micro[:, :-1], key=key)
+                parts = self.objective(output, micro[:, 1:], **self._counts(running, output.stats))
             (parts.total / self.run.accumulation).backward()
             loss += parts.task.detach() / self.run.accumulation
             for router, record in output.stats.items():
@@ -140,19 +143,21 @@ class Trainer:
                     "counts": record.counts,
                     "kept": record.kept,
                     "nonfinite": record.nonfinite,
+                    "tokens": record.tokens,
                 }
                 held = counted.get(router)
                 counted[router] = own if held is None else {k: held[k] + v for k, v in own.items()}
         return loss, counted
 
+    def _counts(self, running: RunningCounts, stats: Stats) -> dict[str, Any]:
+        """Return what the objective wants to know of the step's other micro-batches."""
+        if self.run.balance_scope != "global_batch":
+            return {}
+        running.add(stats)
+        return {"counts": running.counts}
+
     def _nonfinite_line(self, loss: float, norm: float, stats: dict[str, Any]) -> str:
-        layers = [name for name, counted in stats.items() if int(counted["nonfinite"])]
-        if layers:
-            where = f"first seen in the logits of {layers[0]}"
-        else:
-            # Backward runs from the end of the model: the last parameter is the first that was touched.
-            own = [n for p, n in self._names.items() if p.grad is not None and not p.grad.isfinite().all()]
-            where = f"first seen in the gradient of {own[-1]}" if own else "first seen in the loss"
+        where = first_nonfinite(self._names, stats)
         return (
             f"step {self.step + 1} of {self.name}: loss {loss}, gradient norm {norm}; {where}; the weights "
             "are those of the step "
@@ -200,7 +205,7 @@ class Trainer:
     def checkpoint(self) -> Checkpoint:
         """Return everything that the next step depends on, and the history so far."""
         tensors = {
-            "model": {name: p for p, name in self._names.items()},
+            "model": dict(self._state),
             "optimizer": optimizer_tensors(self.optimizer, self._names),
         }
         state: dict[str, Any] = {
@@ -215,9 +220,7 @@ class Trainer:
         return Checkpoint(self.step, tensors, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from `checkpoint`. Raises: UserError if it was trained on other text or does not hold
-        exactly what this run needs.
-        """
+        """Continue from `checkpoint`. Raises: UserError if it is of other text or not what this run needs."""
         own = self.checkpoint()
         if checkpoint.state.get("corpus") != own.state["corpus"]:
             raise UserError(
@@ -231,11 +234,12 @@ class Trainer:
                 "allowed: what this version writes; give another --out"
             )
         shapes = {name: tuple(p.shape) for p, name in self._names.items()}
-        check_tensors(checkpoint.tensors, shapes, averaged=self.average is not None)
+        buffers = {name: tuple(b.shape) for name, b in saved_buffers(self.model)}
+        check_tensors(checkpoint.tensors, shapes, averaged=self.average is not None, buffers=buffers)
         held = checkpoint.tensors["model"]
         with torch.no_grad():
-            for parameter, name in self._names.items():
-                parameter.copy_(held[name])
+            for name, value in self._state.items():
+                value.copy_(held[name])
             if self.average is not None:
                 for value, name in zip(self.average.values, self._names.values(), strict=True):
                     value.copy_(checkpoint.tensors["average"][name])
