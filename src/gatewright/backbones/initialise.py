@@ -6,11 +6,18 @@ from torch import Tensor, nn
 
 from gatewright.backbones.norm import RMSNorm
 from gatewright.errors import UserError
+from gatewright.parts import Router
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
-    norms = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
-    return [(name, p) for name, p in model.named_parameters() if id(p) not in norms]
+    """Return the weights that are drawn: norms, biases and what routers hold beside their weight stay as
+    their modules made them (noise starts at 0, temperatures and thresholds at values of their own).
+    """
+    left = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
+    for router in (m for m in model.modules() if isinstance(m, Router)):
+        kept = router.keeps_initialisation
+        left |= {id(p) for name, p in router.named_parameters() if kept or name != "weight"}
+    return [(name, p) for name, p in model.named_parameters() if id(p) not in left and p.dim() > 1]
 
 
 def normal(model: nn.Module, std: float = 0.02, cut: float = 3.0) -> nn.Module:

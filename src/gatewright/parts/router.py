@@ -76,6 +76,8 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
         self.rule, self.scores, self.noise = rule, score_function(scores), noise
         self.capacity = capacity
+        # Whether a backbone's initialisation leaves the weight alone (2017 starts its gates at 0).
+        self.keeps_initialisation = False
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None) -> None:
