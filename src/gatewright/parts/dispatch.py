@@ -164,7 +164,7 @@ def _first_in_line(
     rows = _stable_order(queues.reshape(-1), last)
     counts = held if last == num_experts else held.view(num_experts, -1).sum(dim=1)
     if not drops:
-        return rows[:num_held], counts
+        return (rows if num_held == rows.shape[0] else rows[:num_held]), counts
     lost = lengths - held
     skipped = torch.repeat_interleave(lost.cumsum(0) - lost, held, output_size=num_held)
     return rows.index_select(0, torch.arange(num_held, device=rows.device) + skipped), counts
@@ -172,9 +172,11 @@ def _first_in_line(
 
 def _token_of(places: Tensor, per_token: int) -> Tensor:
     """Return the token that each flat place [M] belongs to, [M]."""
-    if per_token & (per_token - 1) == 0:  # shifting takes a fifth of the time of dividing
-        return places >> max(per_token.bit_length() - 1, 0)
-    return places // per_token
+    if per_token == 1:
+        return places
+    if per_token.bit_count() == 1:  # shifting takes a fifth of the time of dividing
+        return places >> (per_token.bit_length() - 1)
+    return places // max(per_token, 1)
 
 
 def count_assignments(assignment: Assignment) -> Int64[Tensor, "E"]:

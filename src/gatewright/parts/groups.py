@@ -61,13 +61,16 @@ def tokens_of_groups(
     if mask is not None:
         return to_groups(mask.unsqueeze(-1), group_size).sum(dim=(1, 2))
     count = num_groups(num_tokens, group_size)
-    size = num_tokens if group_size is None else group_size
+    if count == 1 or group_size is None:
+        return torch.full((1,), num_tokens, dtype=torch.int64, device=device)
     # The last group has what the others leave.
-    return (num_tokens - size * torch.arange(count, device=device)).clamp(max=size)
+    return (num_tokens - group_size * torch.arange(count, device=device)).clamp(max=group_size)
 
 
 def count_into(bins: Int64[Tensor, "N"], num_bins: int) -> Int64[Tensor, "bins"]:
     """Return how often each number from 0 to num_bins - 1 stands in `bins` [N]."""
-    # Not bincount: on a GPU it waits for the numbers, and compiled code does not know its shape.
+    if bins.is_cpu and not torch.compiler.is_compiling():
+        return torch.bincount(bins, minlength=num_bins)
+    # A GPU would wait for the numbers, and compiled code would not know the shape.
     counts = torch.zeros(num_bins, dtype=torch.int64, device=bins.device)
     return counts.scatter_add_(0, bins, torch.ones_like(bins))

@@ -14,20 +14,28 @@ from gatewright.parts.routing import Assignment
 from gatewright.parts.stats import RouterStats
 
 
-def _counts(assignment: Assignment, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Return assignments per group and expert, and those of first choices alone, [G, E] int64 each."""
+def _counts(
+    assignment: Assignment, made: Tensor, group_size: int | None, known: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return assignments per group and expert, and those of first choices alone, [G, E] int64 each.
+
+    `known`: the first of the two, [E], if the plan has counted it already; of use where all is one group.
+    """
     num_experts = assignment.num_experts
     count = num_groups(assignment.num_tokens, group_size)
+    known = None if known is None or count > 1 else known.unsqueeze(0)
+    if known is not None and assignment.num_selected == 1:
+        return known, known
     bins = assignment.experts
     if count > 1:
         bins = group_ids(assignment.num_tokens, group_size, bins.device).unsqueeze(-1) * num_experts + bins
     last = count * num_experts
-    bins = torch.where(made_choices(assignment), bins, last)
-    first = count_into(bins[:, :1].reshape(-1), last + 1)
-    # The first choices are counted once: they are half of all, or all.
-    later = bins[:, 1:]
-    made = first if not later.shape[1] else first + count_into(later.reshape(-1), last + 1)
-    return made[:last].view(count, num_experts), first[:last].view(count, num_experts)
+    if known is None:
+        bins = torch.where(made, bins, last)
+    first = count_into(bins[:, :1].reshape(-1), last + 1)[:last].view(count, num_experts)
+    if known is None:
+        known = count_into(bins.reshape(-1), last + 1)[:last].view(count, num_experts)
+    return known, first
 
 
 def record_call(
@@ -47,18 +55,20 @@ def record_call(
     wide = torch.promote_types(logits.dtype, torch.float32)
     lse = torch.logsumexp(logits.to(wide), dim=-1)
     # Not from lse: a lone -inf among the logits vanishes there. And isfinite().all() takes 20 times as long.
-    finite = torch.isfinite(logits.detach().abs().amax(dim=-1))
+    finite = logits.detach().abs().amax(dim=-1) < torch.inf
     shares = routed.probabilities.to(wide)
     if mask is not None:
         shares = torch.where(mask.unsqueeze(-1), shares, 0)
         lse = torch.where(mask, lse, 0)
     group_tokens = tokens_of_groups(mask, assignment.num_tokens, group_size, logits.device)
-    group_counts, group_first_counts = _counts(assignment, group_size)
-    group_score_sums = to_groups(shares, group_size).sum(dim=1)
-    held = plan.slots >= 0
+    made = made_choices(assignment)
+    known = plan.counts if plan.all_kept and sent is assignment else None
+    group_counts, group_first_counts = _counts(assignment, made, group_size, known)
+    score_sums, group_score_sums = _score_sums(shares, group_size)
     dropped = unrouted = torch.zeros((), dtype=torch.int64, device=logits.device)
     if not plan.all_kept:
-        dropped = (made_choices(assignment) & ~held).sum(dim=0)
+        held = plan.slots >= 0
+        dropped = (made & ~held).sum(dim=0)
         unrouted = _unrouted(held, mask)
     return RouterStats(
         num_selected=assignment.num_selected,
@@ -67,7 +77,7 @@ def record_call(
         kept=plan.counts,
         dropped_by_rank=dropped.expand(assignment.num_selected),
         unrouted=unrouted,
-        score_sums=_total(group_score_sums),
+        score_sums=score_sums,
         logsumexp_sum=lse.sum(),
         logsumexp_square_sum=(lse * lse).sum(),
         nonfinite=(~finite).sum(),
@@ -79,9 +89,18 @@ def record_call(
         sums=dict(assignment.sums),
         logits=logits.detach() if capture else None,
         scores=routed.scores.detach() if capture else None,
-        experts=torch.where(held, sent.experts, -1) if capture else None,
+        experts=torch.where(plan.slots >= 0, sent.experts, -1) if capture else None,
         combine_weights=sent.weights.detach() if capture else None,
     )
+
+
+def _score_sums(shares: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Return the sums over all tokens [E] and over each group's [G, E]."""
+    if num_groups(shares.shape[0], group_size) == 1:
+        total = shares.sum(dim=0)
+        return total, total.unsqueeze(0)
+    of_groups = to_groups(shares, group_size).sum(dim=1)
+    return of_groups.sum(dim=0), of_groups
 
 
 def _total(of_groups: Tensor) -> Tensor:
