@@ -10,28 +10,9 @@ from torch import Tensor
 
 from gatewright.parts import MoELayer, Stats, attach_loss, balance_loss, z_loss
 from tests.parts.harness import seen_layer
+from tests.parts.seen import layers_of, random_logits, softmax, stats_of
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
-
-
-def stats_of(logits: list[list[float]] | Tensor, num_selected: int = 1, **options: object) -> Stats:
-    """Return the Stats of a layer that sees exactly these logits [T, E]."""
-    x = torch.as_tensor(logits, dtype=torch.float64)
-    return seen_layer(x.shape[1], num_selected, weights="raw", **options)(x)[1]
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Return exp(l) / sum exp(l) by row."""
-    return logits.exp() / logits.exp().sum(dim=1, keepdim=True)
-
-
-def random_logits(num_tokens: int, num_experts: int, seed: int = 0) -> Tensor:
-    """Return logits with some imbalance."""
-    draw = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(num_tokens, num_experts, dtype=torch.float64, generator=draw)
-        + torch.arange(num_experts) * 0.3
-    )
 
 
 @pytest.mark.parametrize("num_selected", [1, 2, 4])
@@ -102,16 +83,8 @@ def test_the_z_loss_pulls_every_logit_by_its_share():
     torch.testing.assert_close(grad, 2 / 5 * lse * softmax(logits.detach()), rtol=1e-12, atol=1e-15)
 
 
-def layers_of(*batches: Tensor, num_selected: int = 1) -> Stats:
-    """Return the Stats of several layers, each seeing its own logits."""
-    merged = Stats()
-    for i, logits in enumerate(batches):
-        merged = merged | stats_of(logits, num_selected).under(f"layers.{i}")
-    return merged
-
-
 def test_layers_are_averaged_where_switch_sums_them():
-    batches = [random_logits(9, 4, seed) for seed in range(3)]
+    batches = [random_logits(9, 4, seed=seed) for seed in range(3)]
     stats, alone = layers_of(*batches), [stats_of(logits) for logits in batches]
     for loss in (balance_loss, z_loss):
         assert 3 * loss(stats).item() == pytest.approx(sum(loss(one).item() for one in alone))

@@ -41,7 +41,7 @@ def _one_over_square(num_experts: int, _: int) -> float:
 
 
 def _selected(_: int, num_selected: int) -> float:
-    return num_selected
+    return float(num_selected)
 
 
 def _unbiased_half(num_experts: int, _: int) -> float:
@@ -152,7 +152,7 @@ def coefficient_for(
 ) -> Coefficient:
     """Return our weight that has the effect of a paper's or library's coefficient: theirs = weight * ours.
 
-    Args: `name` of CONVENTIONS; `loss` one of its losses, its first where none is given; `coefficient` theirs,
+    Args: `name` of CONVENTIONS; `loss` one of its losses, else its first; `coefficient` theirs,
     where none is published or another is meant. E, K and the number of MoE layers are asked for where they
     are part of the factor.
     Raises: UserError for an unknown name or loss, and for a number that is missing or impossible.
