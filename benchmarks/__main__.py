@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.layer import GRIDS, run_grid
+from benchmarks.routers import run_routers
 from gatewright.errors import GatewrightError
 from gatewright.training.allocator import keep_big_blocks
 
@@ -15,19 +16,23 @@ from gatewright.training.allocator import keep_big_blocks
 def main() -> int:
     """Parse, run, print; exit 2 when the machine is too busy to say anything."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("grid", nargs="?", default="small", choices=sorted(GRIDS))
+    parser.add_argument("grid", nargs="?", default="small", choices=[*sorted(GRIDS), "routers"])
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds per row, 11 or more")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/layer.json"))
+    parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     keep_big_blocks()
     try:
-        record = run_grid(options.grid, options.rounds, print)
+        if options.grid == "routers":
+            record = run_routers(options.rounds, print)
+        else:
+            record = run_grid(options.grid, options.rounds, print)
     except GatewrightError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return error.exit_code
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"raw times: {options.out}")
+    out = options.out or Path("runs/bench") / ("routers.json" if options.grid == "routers" else "layer.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"raw times: {out}")
     return 0
 
 
