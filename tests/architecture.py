@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Packages that belong to one room; everything else imports them through it.
 HOME_OF = {"matplotlib": "inspection", "tyro": "cli", "tensorboard": "training"}
 PARTS_NEVER = {"logging", "torch.distributed", "tyro", "rich", "argparse"}
-OBJECTIVES_SEE = {"gatewright.parts.balancing", "gatewright.parts.stats"}
+OBJECTIVES_SEE = {"gatewright.parts.balancing", "gatewright.parts.losses", "gatewright.parts.stats"}
 PAPER_IDS = (
     *("local_experts", "hme", "deep_moe", "sparsely_gated", "gshard", "switch", "glam", "vmoe", "st_moe"),
     *("expert_choice", "mixtral", "deepseek_moe", "deepseek_v2", "deepseek_v3", "olmoe"),
@@ -113,7 +113,7 @@ def _against_rooms(module: str, room: str, name: str, package: str) -> str:
     if target not in {room, "__version__", *MAY_IMPORT[room]}:
         return f"{room} may import {', '.join(sorted(MAY_IMPORT[room])) or 'no other room'}"
     if room == "objectives" and target == "parts" and not any(within(name, seen) for seen in OBJECTIVES_SEE):
-        return "objectives see parts.balancing and parts.stats only"
+        return "objectives see parts.balancing, parts.losses and parts.stats only"
     own = module.split(".")[2:3]
     if room == target == "papers" and own and own[0] in PAPER_IDS and parts[2:3] and parts[2] in PAPER_IDS:
         return "a paper never imports another paper"
