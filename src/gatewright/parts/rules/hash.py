@@ -26,7 +26,7 @@ def hash_table(
     vocab_size: int,
     num_experts: int,
     num_selected: int,
-    frequencies: Sequence[float] | None = None,
+    frequencies: Sequence[int | float] | None = None,
     seed: int = 0,
 ) -> Int64[Tensor, "V K"]:
     """Return which K distinct experts each token id uses, [V, K] int64.
@@ -175,7 +175,7 @@ def make_hash(
     dtype: torch.dtype = torch.float32,
     *,
     vocab_size: int = 257,
-    frequencies: Sequence[float] | None = None,
+    frequencies: Sequence[int | float] | None = None,
     seed: int = 0,
     table: Int64[Tensor, "V K"] | None = None,
     weights: str = "uniform",

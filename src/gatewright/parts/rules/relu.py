@@ -35,6 +35,9 @@ class ReLURouting(Float32State):
     length.
     Differs: lambda stays within 1e-20 and 1e20, from where it can come back.
 
+    A router without bias gives half of its logits above 0 on tokens that are symmetric about 0, whatever its
+    weight: it needs tokens that share a direction, as a trained network's do, or `bias=True` in `make`.
+
     State: `penalty` 0-d fp32 (lambda), a persistent buffer that `update` moves.
     """
 
@@ -91,8 +94,9 @@ class ReLURouting(Float32State):
 def _make(
     width: int, num_experts: int, num_selected: int, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Router:
+    bias = options.pop("bias", False)
     rule = ReLURouting(num_experts, num_selected, **options)
-    return Router(width, num_experts, dtype, rule=rule, scores="relu")
+    return Router(width, num_experts, dtype, rule=rule, scores="relu", bias=bias)
 
 
 register(
