@@ -23,6 +23,7 @@ class TopP:
     experts.
     Args: `p` in (0, 1]; `at_most` caps K_t, None (or E) leaves it free: 1 to E. Places are as many as the
     busiest token needs; compiled code, and a cap, take the most possible.
+    A layer's capacity, if it has one, counts K = the cap for every token, not what tokens take.
     Raises: UserError for a p outside (0, 1] and a cap outside 1..E.
     Differs: the released inference code stops at the first sum above p, not at p itself: one more expert
     where a sum is p exactly.
