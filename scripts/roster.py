@@ -1,4 +1,4 @@
-"""Write README's table of papers from the registry; --check only compares."""
+"""Write README's table of papers and the table of routers from their registries; --check only compares."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 from gatewright.papers import all_papers
+from gatewright.parts import RouterInfo, all_routers
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- papers -->\n).*?(<!-- /papers -->)", re.DOTALL)
+ROUTERS = re.compile(r"(<!-- routers -->\n).*?(<!-- /routers -->)", re.DOTALL)
 
 
 def table(root: Path = ROOT) -> str:
@@ -21,17 +23,44 @@ def table(root: Path = ROOT) -> str:
     return "\n".join(lines) + "\n"
 
 
+def router_table() -> str:
+    """Return every named router as a Markdown table."""
+    lines = [
+        "| router | scores | selects | weights | capacity | losses | causal | used by | source |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for info in all_routers():
+        cells = [f"`{info.name}`", info.scores, info.selection, info.weights, info.capacity]
+        cells += [", ".join(info.losses) or "none", _causal(info), info.used_by, info.source]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _causal(info: RouterInfo) -> str:
+    if info.causal == info.causal_at_inference:
+        return "yes" if info.causal else "no"
+    return "in evaluation" if info.causal_at_inference else "in training"
+
+
 def main(argv: list[str], root: Path = ROOT) -> int:
-    """Rewrite the table, or with --check return 1 when it differs."""
-    page = root / "README.md"
-    text = page.read_text(encoding="utf-8")
-    new = BLOCK.sub(lambda match: f"{match[1]}{table(root)}{match[2]}", text)
-    if "--check" not in argv:
-        page.write_text(new, encoding="utf-8")
-        return 0
-    if new != text:
-        print("README.md's papers differ from the registry; run `make docs`", file=sys.stderr)
-    return int(new != text)
+    """Rewrite the tables, or with --check return 1 when one differs."""
+    pages = [
+        ("README.md", BLOCK, table(root), "papers"),
+        ("docs/routers.md", ROUTERS, router_table(), "routers"),
+    ]
+    wrong = 0
+    for name, block, new, what in pages:
+        page = root / name
+        if not page.is_file():
+            continue
+        text = page.read_text(encoding="utf-8")
+        filled = block.sub(lambda match, new=new: f"{match[1]}{new}{match[2]}", text)
+        if "--check" not in argv:
+            page.write_text(filled, encoding="utf-8")
+        elif filled != text:
+            print(f"{name}'s {what} differ from the registry; run `make docs`", file=sys.stderr)
+            wrong = 1
+    return wrong
 
 
 if __name__ == "__main__":
