@@ -284,7 +284,7 @@ def test_other_labels_for_the_experts_change_only_labels(batch: Batch, data: st.
 
 
 def test_long_queues_are_sorted_another_way_and_alike():
-    # From 8192 keys on small integer types and torch's radix sort; E * G beyond 255 and 32767 take wider keys.
+    # From 8192 keys on: small integers and a radix sort, wider ones for E * G beyond 255 and 32767.
     dice = torch.Generator().manual_seed(0)
     for num_experts, size in ((5, None), (64, 512), (300, 100)):
         ids = torch.randint(-1, num_experts, (10_000, 3), generator=dice)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,7 +92,7 @@ def test_priority_is_the_highest_weight_of_a_choice_that_is_made():
 
 @each_backend
 def test_groups_count_on_their_own(backend: str):
-    # All six want expert 0 of two. In groups of 4: C = ceil(1 * 4 / 2) = 2, and the last two: ceil(2 / 2) = 1.
+    # All six want expert 0 of two. Groups of 4: C = ceil(1 * 4 / 2) = 2, and of the last two ceil(2 / 2) = 1.
     x = torch.tensor([[1.0, 0.0]] * 6, dtype=torch.float64)
     options = {"weights": "raw", "capacity_factor": 1.0, "backend": backend}
     grouped = record_of(seen_layer(2, 1, group_size=4, **options), x)
@@ -134,7 +138,7 @@ def test_a_group_of_padding_alone_and_no_tokens_at_all():
 
 @each_order
 def test_a_withdrawn_choice_takes_its_place_but_is_not_computed(order: str):
-    # Expert 0 has one place. Token 0 holds it and withdraws, so token 1 finds none (GShard's literal counter).
+    # Expert 0 has one place. Token 0 takes it and withdraws; token 1 finds none (GShard's literal counter).
     ids, weights = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.9, 0.1], [0.8, 0.2]])
     withdrawn = torch.tensor([[True, False], [False, False]])
     assignment = Assignment(ids, weights, 2, withdrawn=withdrawn)
@@ -166,3 +170,18 @@ def test_a_multiple_and_a_minimum_reach_the_plan():
         (Capacity(0.1, minimum=20), 9),
     ):
         assert record_of(seen_layer(2, 1, weights="raw", capacity=capacity), x).kept.tolist() == [kept, 0]
+
+
+def test_compiled_whole_a_capacity_decides_the_same():
+    # In a program of its own: the shape checks of the test run cannot be compiled.
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parts.compiled_capacity"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 3
+    assert not any(found.values()), {name: problem for name, problem in found.items() if problem}
