@@ -29,6 +29,10 @@ class Routed:
     assignment: Assignment
 
 
+# A standard deviation per logit, one for all, or none where there is no noise on the logits.
+Spread = Float[Tensor, "T E"] | float | None
+
+
 class Noise(nn.Module):
     """What perturbs a router in training; the base class perturbs nothing. In evaluation it is not asked."""
 
@@ -38,14 +42,17 @@ class Noise(nn.Module):
 
     def on_logits(
         self, x: Float[Tensor, "T D"], logits: Float[Tensor, "T E"], call: RoutingCall
-    ) -> Float[Tensor, "T E"]:
-        """Return the logits that scores and choices are taken from."""
-        return logits
+    ) -> tuple[Float[Tensor, "T E"], Spread]:
+        """Return the logits that scores and choices are taken from, and their noise's standard deviation."""
+        return logits, None
 
     def sums(
-        self, x: Float[Tensor, "T D"], clean: Float[Tensor, "T E"], routed: Routed, call: RoutingCall
+        self, clean: Float[Tensor, "T E"], spread: Spread, routed: Routed, call: RoutingCall
     ) -> Mapping[str, Tensor]:
-        """Return sums over tokens for losses ("importance" [E], "load" [E]), with gradient."""
+        """Return sums over tokens for losses ("importance" [E], "load" [E]), with gradient.
+
+        Args: `clean` the logits before `on_logits`, `spread` what it returned beside the noisy ones.
+        """
         return {}
 
 
@@ -103,12 +110,12 @@ class Router(nn.Module):
             )
         noise = self.noise if call.training else None
         clean = self(x if noise is None else noise.on_input(x, call))
-        logits = clean if noise is None else noise.on_logits(x, clean, call)
+        logits, spread = (clean, None) if noise is None else noise.on_logits(x, clean, call)
         scores = self.scores(logits)
         shares = probabilities(self.scores, logits, scores)
         routed = Routed(logits, scores, shares, self.rule(logits, scores, call))
         if noise is not None:
             own = routed.assignment
-            sums = {**own.sums, **noise.sums(x, clean, routed, call)}
+            sums = {**own.sums, **noise.sums(clean, spread, routed, call)}
             routed = dataclasses.replace(routed, assignment=dataclasses.replace(own, sums=sums))
         return routed

@@ -1,0 +1,202 @@
+"""What perturbs a router in training so that it explores, and the smooth counts that noise makes possible."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from gatewright.errors import UserError
+from gatewright.parts.draws import call_key, fold, normal, uniform
+from gatewright.parts.router import Noise, Routed, Spread
+from gatewright.parts.routing import Assignment, RoutingCall, select_top
+
+# What a call's key is folded with: one number for each use, so that no two share their draws.
+INPUT_NOISE, LOGIT_NOISE, CHOICE_NOISE, PRIMARY_NOISE = 1, 2, 3, 4
+
+# Divisions by a smaller standard deviation give steps, whose gradient is NaN.
+LEAST_STD = 1e-6
+
+
+def load_estimate(
+    clean: Float[Tensor, "T E"],
+    noisy: Float[Tensor, "T E"],
+    std: Float[Tensor, "T E"] | float,
+    num_selected: int,
+    excluding: bool = True,
+    chosen: Int64[Tensor, "T K"] | None = None,
+) -> Float[Tensor, "T E"]:
+    """Return P [T, E], the probability that expert e is among the K highest of token t once its own noise is
+    drawn anew and the others' is kept; with gradient to both logits and to `std`.
+
+    Equation: Shazeer et al. 2017 eq 8-9: Phi((clean_e - kth_excluding(noisy, K, e)) / std_e), the K-th
+    highest noisy logit among the others (`excluding`); V-MoE: 1 - Phi((thr - clean_e) / std), thr the K-th
+    highest of all, e itself included. Summed over tokens it is the load.
+    Args: `std` of the noise, held at 1e-6 or more; `chosen` [T, K] the ids of the K highest noisy logits,
+    highest first, where they are known.
+    Returns: for K = E ones without gradient, the true counts.
+    Differs: V-MoE's code keeps its formula at K = E.
+    """
+    wide = torch.promote_types(clean.dtype, torch.float32)
+    clean, noisy = clean.to(wide), noisy.to(wide)
+    if num_selected == clean.shape[-1]:
+        return torch.ones_like(clean)
+    chosen = select_top(noisy, num_selected) if chosen is None else chosen
+    threshold = noisy.gather(-1, chosen[:, -1:])
+    if excluding:
+        # The K chosen have K - 1 others above them and then the best of the rest: the (K + 1)-th of all.
+        inside = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, chosen, True)
+        below = noisy.masked_fill(inside, -torch.inf).amax(dim=-1, keepdim=True)
+        threshold = torch.where(inside, below, threshold)
+    std = std.to(wide).expand_as(clean) if isinstance(std, Tensor) else clean.new_full((), std)
+    return _Phi.apply(clean - threshold, std)
+
+
+class _Phi(torch.autograd.Function):
+    """Phi(difference / std), std held at LEAST_STD or more; a third of the passes of autograd's own."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, difference: Tensor, std: Tensor) -> Tensor:
+        spread = std.clamp(min=LEAST_STD)
+        z = difference / spread
+        ctx.save_for_backward(z, spread, std)
+        return torch.special.ndtr(z)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        z, spread, std = ctx.saved_tensors
+        slope = (z * z).mul_(-0.5).exp_().mul_((2 * math.pi) ** -0.5).mul_(gradient).div_(spread)
+        of_std = (slope * z).neg_().masked_fill_(std < LEAST_STD, 0) if ctx.needs_input_grad[1] else None
+        return slope, of_std
+
+
+def total_over_tokens(values: Float[Tensor, "T E"], mask: Bool[Tensor, "T"] | None) -> Float[Tensor, "E"]:
+    """Return sums over real tokens, [T, E] -> [E], in at least fp32; padding may hold anything."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return (values if mask is None else torch.where(mask.unsqueeze(-1), values, 0)).sum(dim=0)
+
+
+def gate_totals(assignment: Assignment) -> Float[Tensor, "E"]:
+    """Return sums over tokens of the sparse gates, [E], with gradient: what 2017 calls importance (eq 6)."""
+    made = assignment.experts >= 0
+    weights = torch.where(made, assignment.weights, 0)
+    # Row by row, so that no two numbers meet in an unordered atomic addition.
+    sparse = weights.new_zeros(assignment.num_tokens, assignment.num_experts)
+    return total_over_tokens(sparse.scatter_add(1, assignment.experts.clamp(min=0), weights), None)
+
+
+class InputJitter(Noise):
+    """Multiplicative noise on what the router sees: x * U(1 - eps, 1 + eps), element by element.
+
+    Equation: Switch Transformer appendix C; ST-MoE table 3 (eps 1e-2). The experts' input stays as it is.
+    Args: `eps` in (0, 1).
+    Raises: UserError for other `eps`.
+    Differs: Switch's pseudo-code (appendix F) adds the noise to the logits; the text, and this, multiply the
+    input. transformers' Mixtral changes the tokens in place, so that the experts see it too.
+    """
+
+    def __init__(self, eps: float = 1e-2) -> None:
+        super().__init__()
+        if not 0 < eps < 1:
+            raise UserError(f"eps {eps}; allowed: above 0, below 1; the papers' is 0.01, no noise is None")
+        self.eps = eps
+
+    def on_input(self, x: Float[Tensor, "T D"], call: RoutingCall) -> Float[Tensor, "T D"]:
+        """Return x times its noise, in at least fp32: bf16 holds few factors this close to 1."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        u = uniform(fold(call_key(call, x.device), INPUT_NOISE), tuple(x.shape), x.device, wide)
+        return x.to(wide) * u.mul_(2 * self.eps).add_(1 - self.eps)
+
+
+class LogitNoise(Noise):
+    """Normal noise of a fixed standard deviation on the logits, before the scores.
+
+    Equation: V-MoE: g = TOP_K(softmax(W x + n)), n ~ Normal(0, 1 / E^2).
+    Args: `std` above 0, None is 1 / E.
+    Returns: `sums`: "importance" [E], of softmax over the clean logits; "load" [E], of `load_estimate` with
+    the K-th highest of all, K being the rule's places. That is the load of rules that take the K highest
+    noisy logits.
+    Raises: UserError for a `std` that is not above 0: without noise there is no load to estimate.
+    """
+
+    def __init__(self, std: float | None = None) -> None:
+        super().__init__()
+        if std is not None and not (std > 0 and math.isfinite(std)):
+            raise UserError(
+                f"std {std}; allowed: above 0, or none for 1 / E; a router without noise has none"
+            )
+        self.std = std
+
+    def on_logits(
+        self, x: Float[Tensor, "T D"], logits: Float[Tensor, "T E"], call: RoutingCall
+    ) -> tuple[Float[Tensor, "T E"], Spread]:
+        """Return logits + std * normal noise, and std."""
+        std = 1 / max(logits.shape[-1], 1) if self.std is None else self.std
+        key = fold(call_key(call, x.device), LOGIT_NOISE)
+        return logits + normal(key, tuple(logits.shape), x.device, logits.dtype).mul_(std), std
+
+    def sums(
+        self, clean: Float[Tensor, "T E"], spread: Spread, routed: Routed, call: RoutingCall
+    ) -> Mapping[str, Tensor]:
+        """Return "importance" and "load"."""
+        shares = torch.softmax(clean.to(torch.promote_types(clean.dtype, torch.float32)), dim=-1)
+        load = load_estimate(clean, routed.logits, spread, excluding=False, **_choices(routed.assignment))
+        return {
+            "importance": total_over_tokens(shares, call.mask),
+            "load": total_over_tokens(load, call.mask),
+        }
+
+
+class SoftplusNoise(Noise):
+    """Normal noise on the logits whose standard deviation each token's router learns.
+
+    Equation: Shazeer et al. 2017 eq 4: H = x W_g + n * softplus(x W_noise), n ~ Normal(0, 1). `weight` [E, D]
+    is W_noise, which starts at 0: every standard deviation is then ln 2.
+    Args: `epsilon` of 0 or more is added to the standard deviation (T2T: 1e-2).
+    Returns: `sums`: "importance" [E], of the sparse gates (eq 6); "load" [E], of `load_estimate` with the
+    K-th highest of the others (eq 8-10). That is the load of rules that take the K highest noisy logits.
+    Raises: UserError for sizes below 1 and a negative `epsilon`.
+    Differs: P divides by 1e-6 at least, where the paper's standard deviation may be 0.
+    """
+
+    def __init__(self, width: int, num_experts: int, epsilon: float = 0.0) -> None:
+        super().__init__()
+        if min(width, num_experts) < 1 or not (epsilon >= 0 and math.isfinite(epsilon)):
+            raise UserError(
+                f"width {width}, num_experts {num_experts}, epsilon {epsilon}; allowed: sizes of 1 or more, "
+                "an epsilon of 0 or more"
+            )
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 0, the paper's start."""
+        nn.init.zeros_(self.weight)
+
+    def on_logits(
+        self, x: Float[Tensor, "T D"], logits: Float[Tensor, "T E"], call: RoutingCall
+    ) -> tuple[Float[Tensor, "T E"], Spread]:
+        """Return H, the noisy logits, and softplus(x W_noise) + epsilon; W_noise computes as W_g does."""
+        with torch.autocast(x.device.type, enabled=False):
+            std = F.softplus(F.linear(x.to(logits.dtype), self.weight.to(logits.dtype)))
+        std = std + self.epsilon if self.epsilon else std
+        key = fold(call_key(call, x.device), LOGIT_NOISE)
+        return torch.addcmul(logits, std, normal(key, tuple(logits.shape), x.device, logits.dtype)), std
+
+    def sums(
+        self, clean: Float[Tensor, "T E"], spread: Spread, routed: Routed, call: RoutingCall
+    ) -> Mapping[str, Tensor]:
+        """Return "importance" and "load"."""
+        load = load_estimate(clean, routed.logits, spread, **_choices(routed.assignment))
+        return {"importance": gate_totals(routed.assignment), "load": total_over_tokens(load, call.mask)}
+
+
+def _choices(assignment: Assignment) -> dict[str, int | Tensor]:
+    """Return K and the chosen experts; the rows of padding, which nothing reads, hold any expert."""
+    return {"num_selected": assignment.num_selected, "chosen": assignment.experts.clamp(min=0)}
