@@ -179,18 +179,18 @@ class _Reader:
 @contextmanager
 def _for_generation(model: Decoder) -> Iterator[None]:
     """Evaluation mode and no capacity for one call; who stops in the middle finds the model as it was."""
-    limited = [m for m in model.modules() if isinstance(m, MoELayer) and m.capacity_factor is not None]
-    factors = [layer.capacity_factor for layer in limited]
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    capacities = [layer.capacity for layer in layers]
     was_training = model.training
     try:
         if was_training:
             model.eval()
-        for layer in limited:
-            layer.capacity_factor = None
+        for layer in layers:
+            layer.capacity = None
         yield
     finally:
-        for layer, factor in zip(limited, factors, strict=True):
-            layer.capacity_factor = factor
+        for layer, capacity in zip(layers, capacities, strict=True):
+            layer.capacity = capacity
         if was_training:
             model.train()
 
