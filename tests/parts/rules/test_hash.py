@@ -98,6 +98,13 @@ def test_the_id_alone_decides_and_uniform_weights_share():
     assert one.weights.tolist() == [[1.0], [1.0]]
 
 
+def test_padding_may_hold_any_id():
+    router = build_router("hash", 3, 4, 2, vocab_size=5)
+    chosen = router.route(torch.randn(3, 3), call_with([-1, 4, 99], [False, True, False])).assignment
+    assert chosen.experts[[0, 2]].tolist() == [[-1, -1]] * 2
+    assert chosen.experts[1].tolist() == router.rule.table[4].tolist()
+
+
 def test_v4_weighs_by_a_learned_gate_what_the_table_chose():
     # Logits 0 and 1 (expert 1's 9 is not looked at): sqrt(ln 2) = .8326, sqrt(1.3133) = 1.1460; times 1.5.
     table = torch.tensor([[0, 2]])
