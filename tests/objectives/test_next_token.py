@@ -12,6 +12,7 @@ from torch import Tensor
 from gatewright.errors import UserError
 from gatewright.objectives import NextToken
 from gatewright.parts import MoELayer, Stats, balance_loss, z_loss
+from gatewright.parts.losses import LOSSES
 
 
 def output_of(logits: Tensor, stats: Stats | None = None) -> SimpleNamespace:
@@ -72,3 +73,38 @@ def test_fp64_stays_fp64():
 def test_negative_weights_are_refused(weights: tuple[float, float]):
     with pytest.raises(UserError, match=r"balance_weight .*, z_weight .*; allowed: 0 or more"):
         NextToken(*weights)
+
+
+def test_named_losses_join_the_total():
+    _, stats = routed()
+    logits, targets = torch.randn(2, 3, 6), torch.zeros(2, 3, dtype=torch.int64)
+    bare = NextToken()(output_of(logits, stats), targets)
+    own = NextToken(0.5, losses={"z": 0.25, "importance": 2.0})(output_of(logits, stats), targets)
+    expected = 0.5 * balance_loss(stats) + 0.25 * z_loss(stats) + 2.0 * LOSSES["importance"](stats)
+    assert own.total.item() == pytest.approx(bare.task.item() + expected.item())
+    assert own.task.item() == bare.task.item()
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
+def test_the_balance_loss_has_the_scope_that_was_asked_for(scope: str):
+    _, stats = routed()
+    logits, targets = torch.randn(2, 3, 6), torch.zeros(2, 3, dtype=torch.int64)
+    # Counts of a larger batch, all to expert 0: no other scope may look at them.
+    counts = {name: torch.tensor([9, 0, 0, 0]) for name in stats}
+    found = NextToken(1.0, scope=scope)(output_of(logits, stats), targets, counts)
+    expected = balance_loss(stats, scope, counts if scope == "global_batch" else None)
+    assert found.balance.item() == expected.item()
+    assert found.total.item() == pytest.approx(found.task.item() + expected.item())
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"losses": {"balence": 0.1}}, "loss 'balence' is unknown; did you mean 'balance'"),
+        ({"losses": {"z": -1.0}}, "losses z -1.0; allowed: 0 or more"),
+        ({"scope": "globl_batch"}, "scope 'globl_batch' is unknown; did you mean 'global_batch'"),
+    ],
+)
+def test_an_unknown_loss_or_scope_is_named(options: dict, line: str):
+    with pytest.raises(UserError, match=line):
+        NextToken(**options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -99,4 +100,13 @@ def build_router(
             f"router {name!r} with num_selected {num_selected}; allowed: {info.fixed_selected}; "
             "the rule fixes how many experts a token uses"
         )
-    return info.make(width, num_experts, num_selected, dtype=dtype, **options)
+    try:
+        return info.make(width, num_experts, num_selected, dtype=dtype, **options)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        raise UserError(
+            f"option {unknown[1]!r} of router {name!r} is unknown; allowed: the arguments of its rule; "
+            f"`gatewright routers {name}` says what it is"
+        ) from None
