@@ -17,7 +17,7 @@ from gatewright.data.tokenizer import ByteTokenizer, train_bpe
 from gatewright.errors import RunFailure, UserError
 from gatewright.generation import Sampling, TextStream, generate, next_probabilities, stream
 from gatewright.papers import get_paper
-from gatewright.parts import MLP, MoELayer, Stats
+from gatewright.parts import MLP, Capacity, MoELayer, Stats
 
 PROMPT = [5, 250, 17, 3]
 
@@ -193,8 +193,21 @@ def test_an_abandoned_stream_leaves_the_model_as_it_was():
     ids = stream(model, PROMPT, max_new_tokens=5)
     next(ids)
     assert model.training
-    factors = [m.capacity_factor for m in model.modules() if isinstance(m, MoELayer)]
-    assert factors == [0.5]
+    capacities = [m.capacity for m in model.modules() if isinstance(m, MoELayer)]
+    assert capacities == [Capacity(0.5)]
+
+
+def test_nothing_of_a_capacity_is_left_in_generation():
+    # Orders that look ahead and rerouting would make an id depend on those after it, and the cache show it.
+    model = build("olmoe")
+    free = generate(model, PROMPT, max_new_tokens=8)
+    for capacity in (Capacity(0.1, order="rank"), Capacity(2.0, eval_factor=0.1, reroute=True)):
+        for layer in model.modules():
+            if isinstance(layer, MoELayer):
+                layer.capacity = capacity
+        assert model(torch.tensor([PROMPT])).stats["layers.0.router"].dropped_by_rank.sum() > 0
+        assert generate(model, PROMPT, max_new_tokens=8) == free
+        assert {m.capacity for m in model.modules() if isinstance(m, MoELayer)} == {capacity}
 
 
 @pytest.mark.parametrize(

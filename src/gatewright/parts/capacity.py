@@ -42,9 +42,10 @@ class Capacity:
     the least C. `multiple` rounds C up to a multiple (V-MoE's code: 4). `per_token` True takes K as 1, the
     convention of Switch, ST-MoE and Mesh-TensorFlow, C = ceil(f T / E). `order`, within a group: "position"
     token by token and inside a token by rank; "rank" all first choices before any second (GShard);
-    "batch_priority" as "rank", tokens in falling order of their highest weight (V-MoE; looks ahead, so not
-    causal). `reroute` gives a choice that found no room to the token's next best expert that has some
-    (no-token-left-behind, Switch appendix B).
+    "batch_priority" as "rank", tokens in falling order of their highest weight (V-MoE). `reroute` gives a
+    choice that found no room to the token's next best expert that has some (no-token-left-behind, Switch
+    appendix B). Only "position" without `reroute` is causal: a later token's choice never takes the place of
+    an earlier one's (for K = 1, "rank" is the same).
     Raises: UserError for what no layer can have.
     """
 
