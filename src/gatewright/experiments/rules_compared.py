@@ -10,6 +10,7 @@ from gatewright.experiments.lab_pages import lab_page, lab_pictures, ranked
 from gatewright.training.workplace import environment, now
 
 _BALANCE = {"balance": 1e-2}
+_NOISY = {"importance": 0.1, "load": 0.1}
 # Expert rows that one token meets: K experts of width F, K F = 256 for all.
 _ACTIVE = 256
 
@@ -34,7 +35,7 @@ ARMS = (
     _one("switch", "switch", losses=_BALANCE),
     Arm("gshard", "gshard", losses={"gshard": 1e-2}),
     Arm("st_moe", "st_moe", losses={"balance": 1e-2, "z": 1e-3}),
-    Arm("noisy_top_k", "noisy_top_k", losses={"importance": 0.1, "load": 0.1}, note="2017"),
+    Arm("noisy_top_k", "noisy_top_k", losses=_NOISY, note="2017"),
     Arm("vmoe", "vmoe", losses={"importance": 5e-3, "load": 5e-3}),
     Arm("sampled", "sampled", losses=_BALANCE),
     Arm("expert_choice", "expert_choice", note="sees the future: its figure is no language model's"),
@@ -52,7 +53,7 @@ ARMS = (
     Arm("gpt_oss", "gpt_oss", losses=_BALANCE),
     _one("cosine", "cosine", losses={"cosine": 1e-2}),
     Arm("top_p", "top_p", losses={"balance": 1e-2, "entropy": 1e-4}, note="experts per token vary"),
-    Arm("hierarchical", "hierarchical", losses={"importance": 0.1, "load": 0.1}, note="2017 appendix B"),
+    Arm("hierarchical", "hierarchical", 32, 4, _ACTIVE // 4, losses=_NOISY, note="2017 appendix B"),
     Arm("mixture_of_depths", "mixture_of_depths", 1, 1, 8 * _ACTIVE, losses={"depth": 1e-2}),
 )
 
