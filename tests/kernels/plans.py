@@ -57,3 +57,8 @@ def draw_inputs(plan: DispatchPlan, width: int, dtype: torch.dtype = torch.float
     x = torch.randn(plan.num_tokens, width, generator=draw).to(dtype)
     combine = torch.rand(plan.slots.shape, generator=draw).to(torch.promote_types(dtype, torch.float32))
     return x.requires_grad_(), combine.requires_grad_()
+
+
+def gradients(total: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradients of a sum; a leaf that nothing reaches has the gradient 0."""
+    return torch.autograd.grad(total + sum(0 * leaf.sum() for leaf in leaves), leaves)

@@ -244,7 +244,9 @@ def test_more_rows_than_the_plan_promises_are_refused():
     weights = draw_weights("relu", 2, 3, 3)
     for plan in (plan_of([[1, 1]], 2), replace(plan_of([[1], [1]], 2), capacity=1)):
         x, combine = draw_inputs(plan, 3)
-        with pytest.raises(UserError, match=r"an expert has 2 rows, the plan promises 1; allowed: one row per token"):
+        with pytest.raises(
+            UserError, match=r"an expert has 2 rows, the plan promises 1; allowed: one row per token"
+        ):
             expert_mlp(x, plan, combine, weights, "padded")
 
 

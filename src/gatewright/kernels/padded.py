@@ -8,7 +8,7 @@ one C is T, as in dense evaluation of every expert.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gatewright.errors import UserError
@@ -29,7 +29,9 @@ def _places(plan: DispatchPlan) -> int:
     return places
 
 
-def _layout(plan: DispatchPlan) -> tuple[Tensor, Tensor, Tensor]:
+def layout(
+    plan: DispatchPlan,
+) -> tuple[Int64[Tensor, "E C"], Bool[Tensor, "E C"], Int64[Tensor, "T K"]]:
     """Return each place's sorted row [E, C], whether it is filled, and each slot's place [T, K]."""
     places, device = _places(plan), plan.counts.device
     starts = plan.counts.cumsum(0) - plan.counts
@@ -41,7 +43,9 @@ def _layout(plan: DispatchPlan) -> tuple[Tensor, Tensor, Tensor]:
     return row_of_place, filled, torch.where(plan.slots < 0, -1, place_of_slot)
 
 
-def _spread(rows: Tensor, row_of_place: Tensor, filled: Tensor) -> Tensor:
+def spread(
+    rows: Float[Tensor, "M A"], row_of_place: Int64[Tensor, "E C"], filled: Bool[Tensor, "E C"]
+) -> Float[Tensor, "E C A"]:
     """Return rows [M, A] at their places [E, C, A], zero where none is."""
     # One row of zeros behind the last, so that no rows at all can be spread too.
     source = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
@@ -57,16 +61,24 @@ def expert_mlp(
     hidden_scale: Float[Tensor, "M F"] | None = None,
 ) -> Float[Tensor, "T D"]:
     """Return y [T, D] as `reference.expert_mlp` does, over [E, C, D]; C is the plan's capacity or T."""
-    row_of_place, filled, place_of_slot = _layout(plan)
+    row_of_place, filled, place_of_slot = layout(plan)
     rows = x.index_select(0, plan.token_ids)
     if plan.weight_side == "input":
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = (rows.to(wide) * by_row(combine_weights.to(wide), plan).unsqueeze(-1)).to(x.dtype)
         combine_weights = torch.ones_like(combine_weights)
-    scale = None if hidden_scale is None else _spread(hidden_scale, row_of_place, filled)
-    out = _blocks(_spread(rows, row_of_place, filled), weights, scale)
-    flat = DispatchPlan(row_of_place.view(-1), plan.counts, place_of_slot, plan.all_kept)
-    return combine(out.flatten(0, 1), flat, combine_weights)
+    scale = None if hidden_scale is None else spread(hidden_scale, row_of_place, filled)
+    out = _blocks(spread(rows, row_of_place, filled), weights, scale)
+    return combine_places(out, place_of_slot, combine_weights)
+
+
+def combine_places(
+    out: Float[Tensor, "E C D"], place_of_slot: Int64[Tensor, "T K"], combine_weights: Float[Tensor, "T K"]
+) -> Float[Tensor, "T D"]:
+    """Return y [T, D], y_t = sum_k combine_weights[t, k] * out[place_of_slot[t, k]], as `combine` sums."""
+    counts = place_of_slot.new_full((out.shape[0],), out.shape[1])
+    rows = torch.arange(out.shape[0] * out.shape[1], device=out.device)
+    return combine(out.flatten(0, 1), DispatchPlan(rows, counts, place_of_slot, False), combine_weights)
 
 
 def _blocks(block: Tensor, weights: ExpertWeights, scale: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ def _shifted(x: Tensor, places: int, width: int) -> Tensor:
     return y
 
 
-def _mix64(key: Int64[Tensor, ""]) -> Int64[Tensor, ""]:
+def _mix64(key: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     key = (key ^ _shifted(key, 30, 64)) * _MIX[0]
     key = (key ^ _shifted(key, 27, 64)) * _MIX[1]
     return key ^ _shifted(key, 31, 64)
@@ -114,6 +114,17 @@ def uniform(
     float64 holds float32's numbers.
     """
     return _draw(key, shape, device, dtype)
+
+
+def uniform_rows(
+    key: Int64[Tensor, ""], rows: Int64[Tensor, "N"], columns: int
+) -> Float[Tensor, "N columns"]:
+    """Return [N, columns] fp32: row n is `uniform(fold(key, rows[n]), (columns,))`."""
+    words = _mix64(_mix64(_mix64(key) + (rows * 2 + 1) * _STEP) ^ _STEP).unsqueeze(-1)
+    start, step = ((words << 32) >> 32).to(torch.int32), ((words >> 32) | 1).to(torch.int32)
+    bits = _BITS[torch.float32]
+    counters = torch.arange(columns, dtype=torch.int32, device=rows.device).repeat(rows.shape[0], 1)
+    return (_mix32(counters, start, step) >> (32 - bits)).to(torch.float32).mul_(2.0**-bits).add_(0.5)
 
 
 def normal(

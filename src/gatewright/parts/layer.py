@@ -35,7 +35,8 @@ class MoELayer(nn.Module):
     `capacity` says more (`Capacity`); both None is the router's own, which is mostly dropless. `group_size`:
     tokens per routing group, None is all of the call. `router_dtype` is what the router computes in (for a
     Router that is given, its own holds); `num_shared_experts` n makes the shared MLP n * expert_width wide;
-    `experts` and `shared` replace the modules built here; `backend` as `kernels.choose_backend`.
+    `experts` and `shared` replace the modules built here, which take `expert_bias`, `expert_dropout` and
+    `init_scale` (see `Experts`); `backend` as `kernels.choose_backend`.
     Equation: Switch Transformer eq 2 ("raw"), Mixtral section 2.1 ("renormalised", the default).
     Raises: UserError for K outside 1..E, an unknown name, or a weight form that cannot train the router.
     """
@@ -58,6 +59,9 @@ class MoELayer(nn.Module):
         group_size: int | None = None,
         experts: nn.Module | None = None,
         shared: nn.Module | None = None,
+        expert_bias: bool = False,
+        expert_dropout: float = 0.0,
+        init_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if min(width, expert_width) < 1 or num_shared_experts < 0:
@@ -78,10 +82,20 @@ class MoELayer(nn.Module):
         self.backend, self.group_size = backend, group_size
         self.router = router
         self.capacity = _capacity(capacity, capacity_factor, router.capacity)
-        self.experts = Experts(width, num_experts, expert_width, activation) if experts is None else experts
+        if experts is None:
+            experts = Experts(
+                width,
+                num_experts,
+                expert_width,
+                activation,
+                bias=expert_bias,
+                dropout=expert_dropout,
+                init_scale=init_scale,
+            )
         if shared is None and num_shared_experts:
-            shared = MLP(width, num_shared_experts * expert_width, activation)
-        self.shared = shared
+            hidden = num_shared_experts * expert_width
+            shared = MLP(width, hidden, activation, bias=expert_bias, init_scale=init_scale)
+        self.experts, self.shared = experts, shared
 
     @property
     def capacity_factor(self) -> float | None:
@@ -90,8 +104,8 @@ class MoELayer(nn.Module):
 
     def routers(self) -> dict[str, Router]:
         """Return this layer's router, and those of experts that are MoE layers, as Stats names them."""
-        inner = self.experts.routers() if hasattr(self.experts, "routers") else {}
-        return {"router": self.router, **inner}
+        inner = getattr(self.experts, "routers", dict)
+        return {"router": self.router, **inner()}
 
     def forward(
         self,
@@ -112,9 +126,12 @@ class MoELayer(nn.Module):
         routed = self.router.route(flat, call)
         sent, plan = self._plan(routed, call)
         wide = _activation_dtype(flat)
-        y, inner = _experts_and_stats(self.experts(wide, plan, sent.weights, self.backend))
+        keyed = {"key": key} if getattr(self.experts, "takes_key", False) else {}
+        y, inner = _experts_and_stats(self.experts(wide, plan, sent.weights, self.backend, **keyed))
         if self.shared is not None:
-            y = y + self.shared(flat)
+            own = self.shared(flat)
+            # With biases, padding would not give 0.
+            y = y + (own if call.mask is None else torch.where(call.mask.unsqueeze(-1), own, 0))
         sequence = x.shape[-2] if x.dim() > 2 else None
         record = record_call(routed, plan, call.mask, self.group_size or sequence, capture, sent)
         return y.reshape(x.shape), Stats({"router": record}) | inner
