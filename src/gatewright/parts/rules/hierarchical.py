@@ -149,7 +149,7 @@ class HierarchicalRouter(Router):
         scores = self.scores(logits)
         groups = select_top(primary.noisy, self.num_primary)
         inner = self._of_groups(secondary.noisy, groups)
-        picks = select_top(inner.flatten(0, 1), self.num_secondary).view(*groups.shape, -1)
+        picks = select_top(inner.flatten(0, 1), self.num_secondary).view(*groups.shape, self.num_secondary)
         first = torch.softmax(primary.noisy.gather(1, groups), dim=-1).unsqueeze(-1)
         weights = (first * torch.softmax(inner.gather(2, picks), dim=-1)).flatten(1)
         experts = (groups.unsqueeze(-1) * inner.shape[-1] + picks).flatten(1)

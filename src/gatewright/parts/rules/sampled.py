@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +10,7 @@ from gatewright.errors import UserError, did_you_mean
 from gatewright.parts.draws import call_key, fold, gumbel
 from gatewright.parts.noise import CHOICE_NOISE
 from gatewright.parts.router import Router
-from gatewright.parts.routing import Assignment, RoutingCall, check_selection
+from gatewright.parts.routing import Assignment, RoutingCall, WeightForm, check_selection
 from gatewright.parts.rules.registry import RouterInfo, register
 from gatewright.parts.rules.token_choice import token_choice
 
@@ -30,13 +28,14 @@ class Sampled:
     Differs: fairseq draws in evaluation too, which makes it random; Switch (table 11) draws its one.
     """
 
-    def __init__(self, num_selected: int, weights: Literal["raw", "renormalised"] = "raw") -> None:
+    def __init__(self, num_selected: int, weights: str = "raw") -> None:
         if weights not in _FORMS:
             raise UserError(
                 f"weights {weights!r}{did_you_mean(weights, _FORMS)}; allowed: {', '.join(_FORMS)}; "
                 "drawn experts are weighted by their scores"
             )
-        self.num_selected, self.weights = num_selected, weights
+        self.num_selected = num_selected
+        self.weights: WeightForm = "raw" if weights == "raw" else "renormalised"
 
     def __call__(
         self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"], call: RoutingCall
@@ -60,7 +59,7 @@ def make_sampled(
     num_selected: int,
     dtype: torch.dtype = torch.float32,
     *,
-    weights: Literal["raw", "renormalised"] = "raw",
+    weights: str = "raw",
 ) -> Router:
     """Return a softmax router with the rule `Sampled`. Raises: UserError for K outside 1..E, for K = 1 < E
     with "renormalised" (a constant gate), and for other weights.
