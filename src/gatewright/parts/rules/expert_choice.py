@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -94,8 +95,8 @@ class ExpertChoice:
     gets 0. Exactly k per expert by construction, so there is no balance loss.
     Args: `capacity_factor` c, the mean number of experts per token, above 0 and up to E. `most_per_token` b:
     section 3.3, at most b experts per token, by choosing from A = argmax <S^T, A> + 0.001 H(A) with rows
-    summing to k, columns to at most b and 0 <= A <= 1, in 100 rounds of Dykstra's algorithm; slow, and what
-    the last round has not settled may pass b.
+    summing to k, columns to at most b and 0 <= A <= 1, in 100 rounds of Dykstra's algorithm: seconds for
+    16,384 tokens and 64 experts, and a few tokens, that the last round has not settled, may pass b.
     Not causal, in evaluation neither: whether a token is taken depends on all tokens of its group.
     Differs: the paper names no rounding; here k = min(n, ceil(c n / E)), n counting real tokens.
     Flaxformer lets an expert that runs out of real tokens take padding; here padding is never taken.
@@ -134,34 +135,34 @@ def capped(
 ) -> Float[Tensor, "T E"]:
     """Return log A [T, E] of section 3.3, the relaxed choice with at most `most` experts per token.
 
-    Equation: A = argmax <S, A> + lambda H(A), the projection of exp(S / lambda) on three sets in turn
-    (Dykstra with Bregman projections): a sum scales its row or column, a bound cuts, and what a bound cut
-    away is put back before it is met again.
+    Equation: A = argmax <S, A> + lambda H(A) has log A = (S + a_e - b_t - c_te) / lambda, with prices a for
+    the sum of an expert's column, b >= 0 for the limit of a token's row and c >= 0 for A <= 1. Dykstra's
+    rounds meet the three sets in turn, setting one kind of price each.
+    Differs: lambda falls from 0.1 to the paper's 0.001 over nine tenths of the rounds, and columns come last.
+    With 0.001 throughout, prices move so little at a time that 100 rounds leave most limits broken.
     """
     real = to_groups(real_tokens(call.mask, scores.shape[0], scores.device).unsqueeze(-1), call.group_size)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    plan = to_groups(scores.to(wide), call.group_size) / _ENTROPY
-    plan = torch.where(real, torch.nan_to_num(plan, nan=0.0), -torch.inf)
-    sums = column_places(share, real.sum(dim=(1, 2))).clamp(min=1).to(wide).log().view(-1, 1, 1)
-    cut_token, cut_entry = torch.zeros_like(plan[..., :1]), torch.zeros_like(plan)
-    for _ in range(_ITERATIONS):
-        total = torch.logsumexp(plan, dim=1, keepdim=True)
-        plan = plan + torch.where(total.isfinite(), sums - total, 0)
-        plan = plan + cut_token
-        total = torch.logsumexp(plan, dim=2, keepdim=True)
-        cut_token = torch.where(real, (total - math.log(most)).clamp(min=0), 0)
-        plan = plan - cut_token
-        plan = plan + cut_entry
-        cut_entry = torch.where(real, plan.clamp(min=0), 0)
-        plan = plan - cut_entry
-    return from_groups(plan, scores.shape[0])
+    gains = torch.nan_to_num(to_groups(scores.to(wide), call.group_size), nan=0.0)
+    gains = torch.where(real, gains, -torch.inf)
+    held = column_places(share, real.sum(dim=(1, 2))).clamp(min=1).to(wide).log().view(-1, 1, 1)
+    expert, token = torch.zeros_like(gains[:, :1]), torch.zeros_like(gains[..., :1])
+    entry = torch.zeros_like(gains)
+    for i in range(_ITERATIONS):
+        blur = max(_ENTROPY, 0.1 * (_ENTROPY / 0.1) ** (i / (0.9 * _ITERATIONS)))
+        entry = torch.where(real, gains + expert - token, 0).clamp(min=0)
+        total = torch.logsumexp((gains + expert - entry) / blur, dim=2, keepdim=True)
+        token = torch.where(real, blur * (total - math.log(most)), 0).clamp(min=0)
+        total = torch.logsumexp((gains - token - entry) / blur, dim=1, keepdim=True)
+        expert = torch.where(total.isfinite(), blur * (held - total), 0)
+    return from_groups((gains + expert - token - entry) / _ENTROPY, scores.shape[0])
 
 
 def _make(
-    width: int, num_experts: int, num_selected: int, dtype: torch.dtype = torch.float32, **options: float
+    width: int, num_experts: int, num_selected: int, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Router:
     check_selection(num_experts, num_selected, "raw")
-    rule = ExpertChoice(num_experts, **{"capacity_factor": num_selected, **options})  # type: ignore[arg-type]
+    rule = ExpertChoice(num_experts, **{"capacity_factor": num_selected, **options})
     return Router(width, num_experts, dtype, rule=rule, scores="softmax")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -97,9 +99,9 @@ class Sinkhorn:
 
 
 def _make(
-    width: int, num_experts: int, num_selected: int, dtype: torch.dtype = torch.float32, **options: float
+    width: int, num_experts: int, num_selected: int, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Router:
-    rule = Sinkhorn(num_experts, num_selected, **options)  # type: ignore[arg-type]
+    rule = Sinkhorn(num_experts, num_selected, **options)
     scores = "sigmoid" if num_selected == 1 else "softmax"
     return Router(width, num_experts, dtype, rule=rule, scores=scores)
 
