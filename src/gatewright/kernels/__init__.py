@@ -3,6 +3,7 @@
 from gatewright.kernels.activations import ACTIVATIONS, activate, check_activation, is_gated
 from gatewright.kernels.choose import BACKENDS, choose_backend, expert_mlp, expert_mlp_sorted
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
+from gatewright.kernels.ranking import rank_rows, ranks_fast
 
 __all__ = [
     "ACTIVATIONS",
@@ -15,4 +16,6 @@ __all__ = [
     "expert_mlp",
     "expert_mlp_sorted",
     "is_gated",
+    "rank_rows",
+    "ranks_fast",
 ]

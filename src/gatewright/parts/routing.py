@@ -11,14 +11,15 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gatewright.errors import UserError, did_you_mean
+from gatewright.kernels import rank_rows, ranks_fast
 
 WeightForm = Literal["raw", "renormalised", "softmax_selected"]
 WEIGHT_FORMS: tuple[WeightForm, ...] = ("raw", "renormalised", "softmax_selected")
 
 WeightSide = Literal["output", "input"]
 
-# Above this many choices, one stable sort costs less than one argmax pass per choice.
-_ARGMAX_PASSES = 16
+# Above this many choices, ranking rows costs less than one argmax pass per choice.
+_ARGMAX_PASSES, _FAST_PASSES = 16, 3
 
 # Up to one choice in this many pairs of token and expert, sorting the choices beats sorting every row.
 _SPARSE = 16
@@ -85,14 +86,15 @@ def select_top(scores: Float[Tensor, "T E"], num_selected: int) -> Int64[Tensor,
     """
     scores = scores.detach()
     num_experts = scores.shape[-1]
-    # Passes mark what they took with -inf, so a row without K other scores is sorted. Compiled code sorts
+    # Passes mark what they took with -inf, so a row without K other scores is ranked. Compiled code ranks
     # always: it may not look at the numbers.
-    if num_selected > _ARGMAX_PASSES or num_selected == num_experts or torch.compiler.is_compiling():
+    most = _FAST_PASSES if ranks_fast(scores) else _ARGMAX_PASSES
+    if num_selected > most or num_selected == num_experts or torch.compiler.is_compiling():
         passes = False
     else:
         passes = bool((torch.isneginf(scores).sum(dim=-1) <= num_experts - num_selected).all())
     if not passes:
-        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :num_selected]
+        return rank_rows(scores)[:, :num_selected]
     left = scores.clone()
     picks = []
     for _ in range(num_selected):
