@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from gatewright.errors import UserError
 from gatewright.parts.draws import call_key, fold, normal, uniform
@@ -61,14 +61,14 @@ class _Phi(torch.autograd.Function):
     """Phi(difference / std), std held at LEAST_STD or more; a third of the passes of autograd's own."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, difference: Tensor, std: Tensor) -> Tensor:
+    def forward(ctx: Any, difference: Tensor, std: Tensor) -> Tensor:
         spread = std.clamp(min=LEAST_STD)
         z = difference / spread
         ctx.save_for_backward(z, spread, std)
         return torch.special.ndtr(z)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         z, spread, std = ctx.saved_tensors
         slope = (z * z).mul_(-0.5).exp_().mul_((2 * math.pi) ** -0.5).mul_(gradient).div_(spread)
         of_std = (slope * z).neg_().masked_fill_(std < LEAST_STD, 0) if ctx.needs_input_grad[1] else None
@@ -145,11 +145,8 @@ class LogitNoise(Noise):
     ) -> Mapping[str, Tensor]:
         """Return "importance" and "load"."""
         shares = torch.softmax(clean.to(torch.promote_types(clean.dtype, torch.float32)), dim=-1)
-        load = load_estimate(clean, routed.logits, spread, excluding=False, **_choices(routed.assignment))
-        return {
-            "importance": total_over_tokens(shares, call.mask),
-            "load": total_over_tokens(load, call.mask),
-        }
+        load = _total_load(clean, spread, routed, call, excluding=False)
+        return {"importance": total_over_tokens(shares, call.mask), "load": load}
 
 
 class SoftplusNoise(Noise):
@@ -181,7 +178,7 @@ class SoftplusNoise(Noise):
 
     def on_logits(
         self, x: Float[Tensor, "T D"], logits: Float[Tensor, "T E"], call: RoutingCall
-    ) -> tuple[Float[Tensor, "T E"], Spread]:
+    ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
         """Return H, the noisy logits, and softplus(x W_noise) + epsilon; W_noise computes as W_g does."""
         with torch.autocast(x.device.type, enabled=False):
             std = F.softplus(F.linear(x.to(logits.dtype), self.weight.to(logits.dtype)))
@@ -193,10 +190,15 @@ class SoftplusNoise(Noise):
         self, clean: Float[Tensor, "T E"], spread: Spread, routed: Routed, call: RoutingCall
     ) -> Mapping[str, Tensor]:
         """Return "importance" and "load"."""
-        load = load_estimate(clean, routed.logits, spread, **_choices(routed.assignment))
-        return {"importance": gate_totals(routed.assignment), "load": total_over_tokens(load, call.mask)}
+        load = _total_load(clean, spread, routed, call, excluding=True)
+        return {"importance": gate_totals(routed.assignment), "load": load}
 
 
-def _choices(assignment: Assignment) -> dict[str, int | Tensor]:
-    """Return K and the chosen experts; the rows of padding, which nothing reads, hold any expert."""
-    return {"num_selected": assignment.num_selected, "chosen": assignment.experts.clamp(min=0)}
+def _total_load(clean: Tensor, spread: Spread, routed: Routed, call: RoutingCall, excluding: bool) -> Tensor:
+    """Return the load [E] of a rule that took the K highest noisy logits."""
+    assert spread is not None
+    own = routed.assignment
+    # The rows of padding name no expert, and are not summed.
+    chosen = own.experts.clamp(min=0)
+    load = load_estimate(clean, routed.logits, spread, own.num_selected, excluding, chosen)
+    return total_over_tokens(load, call.mask)

@@ -206,11 +206,11 @@ class HierarchicalRouter(Router):
             first = load_estimate(primary.clean, primary.noisy, primary.std, self.num_primary, chosen=groups)
         in_group = torch.zeros_like(ones).scatter(1, groups, ones)
         assert secondary.std is not None
-        inner = [
+        clean, noisy, std = (
             self._of_groups(values, groups).flatten(0, 1)
             for values in (secondary.clean, secondary.noisy, secondary.std)
-        ]
-        chance = load_estimate(*inner, self.num_secondary, chosen=picks.flatten(0, 1))
+        )
+        chance = load_estimate(clean, noisy, std, self.num_secondary, chosen=picks.flatten(0, 1))
         index = groups.unsqueeze(-1).expand(*groups.shape, self._inside)
         spread = chance.new_zeros(*in_group.shape, self._inside)
         spread = spread.scatter(1, index, chance.view(*index.shape)).flatten(1)
