@@ -7,50 +7,71 @@ one C is T, as in dense evaluation of every expert.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gatewright.errors import UserError
 from gatewright.kernels.activations import activate
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
-from gatewright.kernels.reference import by_row, combine
+from gatewright.kernels.reference import by_row
 
 
-def _places(plan: DispatchPlan) -> int:
-    """Return C, the rows that an expert can hold. Raises: UserError where a plan breaks its promise."""
-    places = plan.num_tokens if plan.capacity is None else min(plan.capacity, plan.token_ids.shape[0])
+class Layout(NamedTuple):
+    """Where rows stand among E experts of C places each: every place's row and whether it is `filled`
+    [E, C]; every slot's expert and place [T, K], expert -1 where it was dropped.
+    """
+
+    row: Int64[Tensor, "E C"]
+    filled: Bool[Tensor, "E C"]
+    expert: Int64[Tensor, "T K"]
+    place: Int64[Tensor, "T K"]
+
+
+def layout(plan: DispatchPlan) -> Layout:
+    """Return the plan's static form. Raises: UserError where an expert has more rows than was promised."""
+    places = max(plan.num_tokens if plan.capacity is None else plan.capacity, 1)
     # Compiled code may not look.
     if not torch.compiler.is_compiling() and bool((plan.counts > places).any()):
         raise UserError(
             f"an expert has {int(plan.counts.max())} rows, the plan promises {places}; allowed: one row per "
             "token and expert, or the plan's capacity; use the backend 'grouped', or plan with a capacity"
         )
-    return places
+    ends = plan.counts.cumsum(0)
+    starts = ends - plan.counts
+    place = torch.arange(places, device=ends.device)
+    filled = place < plan.counts.unsqueeze(-1)
+    kept = plan.slots >= 0
+    expert = torch.bucketize(plan.slots, ends, right=True).clamp(max=plan.num_experts - 1)
+    return Layout(
+        row=torch.where(filled, starts.unsqueeze(-1) + place, 0),
+        filled=filled,
+        expert=torch.where(kept, expert, -1),
+        place=torch.where(kept, plan.slots - starts[expert], 0),
+    )
 
 
-def layout(
-    plan: DispatchPlan,
-) -> tuple[Int64[Tensor, "E C"], Bool[Tensor, "E C"], Int64[Tensor, "T K"]]:
-    """Return each place's sorted row [E, C], whether it is filled, and each slot's place [T, K]."""
-    places, device = _places(plan), plan.counts.device
-    starts = plan.counts.cumsum(0) - plan.counts
-    position = torch.arange(places, device=device)
-    filled = position < plan.counts.unsqueeze(-1)
-    row_of_place = torch.where(filled, starts.unsqueeze(-1) + position, 0)
-    owner = torch.bucketize(plan.slots, plan.counts.cumsum(0), right=True).clamp(max=plan.num_experts - 1)
-    place_of_slot = owner * places + plan.slots - starts[owner]
-    return row_of_place, filled, torch.where(plan.slots < 0, -1, place_of_slot)
-
-
-def spread(
-    rows: Float[Tensor, "M A"], row_of_place: Int64[Tensor, "E C"], filled: Bool[Tensor, "E C"]
-) -> Float[Tensor, "E C A"]:
-    """Return rows [M, A] at their places [E, C, A], zero where none is."""
+def spread(rows: Float[Tensor, "M A"], where: Layout) -> Float[Tensor, "E C A"]:
+    """Return rows [M, A] at their places [E, C, A], zero where none is. Differentiable."""
     # One row of zeros behind the last, so that no rows at all can be spread too.
     source = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
-    picked = source.index_select(0, torch.where(filled, row_of_place, rows.shape[0]).reshape(-1))
-    return picked.view(*filled.shape, rows.shape[-1])
+    return F.embedding(torch.where(where.filled, where.row, rows.shape[0]), source)
+
+
+def combine_places(
+    out: Float[Tensor, "E C D"], where: Layout, combine_weights: Float[Tensor, "T K"]
+) -> Float[Tensor, "T D"]:
+    """Return y [T, D], y_t = sum_k combine_weights[t, k] * out[its place]; a dropped choice adds zero.
+
+    Sums in at least fp32 and returns the dtype of `out`, as `reference.combine` does.
+    """
+    picked = out[where.expert.clamp(min=0), where.place]
+    accumulate = torch.promote_types(out.dtype, torch.float32)
+    weighted = picked.to(accumulate) * combine_weights.to(accumulate).unsqueeze(-1)
+    return torch.where(where.expert.unsqueeze(-1) >= 0, weighted, 0).sum(dim=1).to(out.dtype)
 
 
 def expert_mlp(
@@ -61,24 +82,14 @@ def expert_mlp(
     hidden_scale: Float[Tensor, "M F"] | None = None,
 ) -> Float[Tensor, "T D"]:
     """Return y [T, D] as `reference.expert_mlp` does, over [E, C, D]; C is the plan's capacity or T."""
-    row_of_place, filled, place_of_slot = layout(plan)
+    where = layout(plan)
     rows = x.index_select(0, plan.token_ids)
     if plan.weight_side == "input":
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = (rows.to(wide) * by_row(combine_weights.to(wide), plan).unsqueeze(-1)).to(x.dtype)
         combine_weights = torch.ones_like(combine_weights)
-    scale = None if hidden_scale is None else spread(hidden_scale, row_of_place, filled)
-    out = _blocks(spread(rows, row_of_place, filled), weights, scale)
-    return combine_places(out, place_of_slot, combine_weights)
-
-
-def combine_places(
-    out: Float[Tensor, "E C D"], place_of_slot: Int64[Tensor, "T K"], combine_weights: Float[Tensor, "T K"]
-) -> Float[Tensor, "T D"]:
-    """Return y [T, D], y_t = sum_k combine_weights[t, k] * out[place_of_slot[t, k]], as `combine` sums."""
-    counts = place_of_slot.new_full((out.shape[0],), out.shape[1])
-    rows = torch.arange(out.shape[0] * out.shape[1], device=out.device)
-    return combine(out.flatten(0, 1), DispatchPlan(rows, counts, place_of_slot, False), combine_weights)
+    scale = None if hidden_scale is None else spread(hidden_scale, where)
+    return combine_places(_blocks(spread(rows, where), weights, scale), where, combine_weights)
 
 
 def _blocks(block: Tensor, weights: ExpertWeights, scale: Tensor | None) -> Tensor:

@@ -84,14 +84,14 @@ class ModuleExperts(nn.Module):
         self, rows: Tensor, plan: DispatchPlan, combine_weights: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Stats]:
         """Return the same over [E, C, D], so that no shape depends on the numbers."""
-        row_of_place, filled, place_of_slot = layout(plan)
-        blocks = spread(rows, row_of_place, filled)
+        where = layout(plan)
+        blocks = spread(rows, where)
         out, stats = [], Stats()
         for i in range(self.num_experts):
-            y, inner = self._member(i, blocks[i], filled[i], key)
+            y, inner = self._member(i, blocks[i], where.filled[i], key)
             out.append(y)
             stats = stats | inner.under(f"experts.{i}")
-        return combine_places(torch.stack(out), place_of_slot, combine_weights), stats
+        return combine_places(torch.stack(out), where, combine_weights), stats
 
     def _member(
         self, i: int, rows: Tensor, filled: Tensor | None, key: Tensor | None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils import _pytree
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,29 @@ class Stats(Mapping[str, RouterStats]):
                 f"router names {sorted(twice)} stand in both Stats; name each layer apart with .under()"
             )
         return Stats({**self._routers, **other._routers})
+
+
+# torch.export wants to take apart what a model returns, and to put it together again.
+_FIELDS = [one.name for one in fields(RouterStats) if one.name != "num_selected"]
+
+
+def _record_parts(record: RouterStats) -> tuple[list[object], int]:
+    return [getattr(record, name) for name in _FIELDS], record.num_selected
+
+
+def _record_of(parts: Iterable[Any], num_selected: int) -> RouterStats:
+    return RouterStats(num_selected, **dict(zip(_FIELDS, parts, strict=True)))
+
+
+def _stats_parts(stats: Stats) -> tuple[list[object], list[str]]:
+    return list(stats.values()), list(stats)
+
+
+def _stats_of(parts: Iterable[Any], names: list[str]) -> Stats:
+    return Stats(dict(zip(names, parts, strict=True)))
+
+
+_pytree.register_pytree_node(
+    RouterStats, _record_parts, _record_of, serialized_type_name="gatewright.RouterStats"
+)
+_pytree.register_pytree_node(Stats, _stats_parts, _stats_of, serialized_type_name="gatewright.Stats")
