@@ -99,6 +99,10 @@ def test_a_plan_by_hand():
     assert not plan.all_kept
 
 
+def test_counts_by_hand():
+    assert count_assignments(assign([[1, 0], [1, -1], [1, 2]], 4)).tolist() == [1, 3, 1, 0]
+
+
 def test_a_token_s_second_choice_comes_before_the_next_token_s_first():
     # Not rank by rank (GShard): expert 0 has one place, and token 0 takes it with its second choice.
     plan = make_plan(assign([[1, 0], [0, 1]], 2), 1)

@@ -40,10 +40,25 @@ def test_switch_appendix_b_by_hand(backend: str):
 
 
 def test_the_surest_goes_first_in_every_round():
-    # Batch priority: token 1 (0.7) keeps 0. Then token 0 (0.6) before token 2 (0.5): 1, and 2 for the last.
+    # Batch priority: token 1 (0.7) keeps 0. Then token 2 (0.6) before token 0 (0.5): 1, and 2 for the last.
     capacity = Capacity(1.0, order="batch_priority", reroute=True)
-    _, record = layer_and_record(CROWD, 1, capacity, weights="raw")
-    assert record.experts.flatten().tolist() == [1, 0, 2]
+    _, record = layer_and_record(CROWD.flip(0), 1, capacity, weights="raw")
+    assert record.experts.flatten().tolist() == [2, 0, 1]
+
+
+def test_a_place_stays_although_the_weight_that_won_it_has_moved():
+    # C = ceil(0.5 * 2 * 3 / 5) = 1, in the order 1, 0, 2 (0.7, 0.6, 0.5). First choices: 0 to token 1, 3 to
+    # token 2; second ones: 2 to token 1, 1 to token 0. Then token 0's first goes to 4, and token 2's second
+    # finds 4, 0 and 2 full. Token 0's highest weight is 0.3 now, below token 2's 0.5; it keeps expert 1.
+    scores = torch.tensor(
+        [[0.60, 0.30, 0.02, 0.01, 0.07], [0.70, 0.03, 0.20, 0.01, 0.06], [0.02, 0.40, 0.01, 0.50, 0.07]],
+        dtype=torch.float64,
+    )
+    capacity = Capacity(0.5, order="batch_priority", reroute=True)
+    _, record = layer_and_record(scores, 2, capacity, weights="raw")
+    assert record.experts.tolist() == [[4, 1], [0, 2], [3, -1]]
+    assert record.combine_weights[0].tolist() == pytest.approx([0.07, 0.30])
+    assert record.dropped_by_rank.tolist() == [0, 1]
 
 
 def test_the_balance_loss_sees_what_the_router_chose():
@@ -70,6 +85,17 @@ def test_who_has_a_place_keeps_it():
     scores = torch.tensor([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1]], dtype=torch.float64)
     _, record = layer_and_record(scores, 1, Capacity(1.0, reroute=True), weights="raw")
     assert record.experts.flatten().tolist() == [0, 2, 1]
+
+
+def test_who_moved_in_an_earlier_round_has_a_place_too():
+    # C = 1: token 0 holds 0 and token 2 holds 2. Round 1: token 1 takes 1, token 3 finds 2 full. Round 2:
+    # token 3 finds 1 full, since token 1 came before. Round 3: it takes 3.
+    scores = torch.tensor(
+        [[0.7, 0.1, 0.1, 0.1], [0.6, 0.3, 0.06, 0.04], [0.1, 0.1, 0.7, 0.1], [0.5, 0.2, 0.25, 0.05]],
+        dtype=torch.float64,
+    )
+    _, record = layer_and_record(scores, 1, Capacity(1.0, reroute=True), weights="raw")
+    assert record.experts.flatten().tolist() == [0, 1, 2, 3]
 
 
 def test_two_choices_never_meet_at_one_expert():
