@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gatewright.backbones import initialise
 from gatewright.errors import UserError
 from gatewright.parts import MoELayer, RoutingCall, build_router
 from gatewright.parts.draws import fold, normal
@@ -131,6 +132,14 @@ def test_both_levels_draw_noise_of_their_own_and_start_at_zero():
     routed = quiet.route(torch.randn(9, 4), RoutingCall(training=True))
     assert routed.assignment.experts[0].tolist() == [0, 1, 4, 5]
     assert not routed.assignment.sums
+
+
+def test_a_backbones_initialisation_leaves_zeros_where_they_are_wanted():
+    for zero_init in (True, False):
+        layer = MoELayer(6, 8, 4, 3, router=build_router("hierarchical", 6, 8, 4, zero_init=zero_init))
+        initialise.fan_in(layer)
+        assert bool(layer.router.weight.any()) is not zero_init
+        assert not layer.router.noise.weight.any()
 
 
 def test_levels_by_default():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gatewright.backbones import initialise
 from gatewright.errors import UserError
 from gatewright.parts import MoELayer, RoutingCall, build_router
 from gatewright.parts.draws import fold, normal
@@ -80,6 +81,14 @@ def test_zero_weights_route_uniformly_at_random():
     # Without noise all logits tie, and the first experts have every token.
     _, quiet = layer.eval()(torch.randn(num_tokens, 5))
     assert quiet["router"].counts.tolist() == [num_tokens, num_tokens, *[0] * 6]
+
+
+def test_a_backbones_initialisation_leaves_zeros_where_they_are_wanted():
+    for zero_init in (True, False):
+        layer = MoELayer(6, 8, 2, 3, router=build_router("noisy_top_k", 6, 8, 2, zero_init=zero_init))
+        initialise.fan_in(layer)
+        assert bool(layer.router.weight.any()) is not zero_init
+        assert not layer.router.noise.weight.any()
 
 
 def test_without_zero_init_it_starts_as_any_router():

@@ -110,6 +110,7 @@ class HierarchicalRouter(Router):
         super().__init__(
             width, num_experts, dtype, noise=SoftplusNoise(width, num_experts, epsilon) if noise else None
         )
+        self.keeps_initialisation = zero_init
         a = self.num_groups
         self.primary = nn.Parameter(torch.empty(a, width)) if a > 1 else None
         self.primary_noise = SoftplusNoise(width, a, epsilon) if a > 1 and noise else None

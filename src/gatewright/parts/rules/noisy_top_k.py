@@ -41,6 +41,7 @@ class NoisyTopKRouter(Router):
         super().__init__(
             width, num_experts, dtype, rule=rule, noise=SoftplusNoise(width, num_experts, epsilon)
         )
+        self.keeps_initialisation = zero_init
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Set W_g to 0; without `zero_init`, or with an `std`, draw it as any router's. W_noise is 0."""
