@@ -25,7 +25,7 @@ def num_groups(num_tokens: int, group_size: int | None) -> int:
 
 def group_ids(num_tokens: int, group_size: int | None, device: torch.device) -> Int64[Tensor, "T"]:
     """Return each token's group, [T] int64."""
-    if num_groups(num_tokens, group_size) == 1:
+    if group_size is None or num_groups(num_tokens, group_size) == 1:
         return torch.zeros(num_tokens, dtype=torch.int64, device=device)
     return torch.arange(num_tokens, device=device) // group_size
 
@@ -61,7 +61,7 @@ def tokens_of_groups(
     if mask is not None:
         return to_groups(mask.unsqueeze(-1), group_size).sum(dim=(1, 2))
     count = num_groups(num_tokens, group_size)
-    if count == 1 or group_size is None:
+    if group_size is None or count == 1:
         return torch.full((1,), num_tokens, dtype=torch.int64, device=device)
     # The last group has what the others leave.
     return (num_tokens - group_size * torch.arange(count, device=device)).clamp(max=group_size)
