@@ -1,4 +1,4 @@
-"""Queues, plans and rerouting against slow loops, in all orders, with groups, padding and withdrawn choices."""
+"""Queues, plans and rerouting against slow loops: all orders, groups, padding, withdrawn choices."""
 
 from __future__ import annotations
 
