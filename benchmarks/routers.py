@@ -40,19 +40,16 @@ def _side(name: str, tokens: int, num_selected: int) -> Callable[[], float]:
 
 def selected_by(info: RouterInfo) -> int:
     """Return the K that a router is timed with: its own, or NUM_SELECTED."""
-    if info.name == "dense":
-        return NUM_EXPERTS
-    return info.fixed_selected or (1 if info.name == "mixture_of_depths" else NUM_SELECTED)
+    own = {"dense": NUM_EXPERTS, "mixture_of_depths": 1, "hierarchical": 4}
+    return info.fixed_selected or own.get(info.name, NUM_SELECTED)
 
 
 def time_router(info: RouterInfo, rounds: int, tokens: int = TOKENS) -> dict[str, Any]:
-    """Return the ratio of one router's time to plain token choice of the same K (2 where it has many)."""
+    """Return the ratio of one router's time to plain token choice of the same K (2 for the dense rule)."""
     selected = selected_by(info)
     plain = "token_choice_raw" if selected == 1 else "token_choice"
-    sides = {
-        "plain": _side(plain, tokens, min(selected, NUM_SELECTED)),
-        "own": _side(info.name, tokens, selected),
-    }
+    of_plain = NUM_SELECTED if selected == NUM_EXPERTS else selected
+    sides = {"plain": _side(plain, tokens, of_plain), "own": _side(info.name, tokens, selected)}
     times: dict[str, list[float]] = {"plain": [], "own": []}
     for side in sides.values():
         side()

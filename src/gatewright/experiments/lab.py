@@ -56,10 +56,10 @@ class Plan:
     num_heads: int = 2
     context: int = 256
     rows: int = 16
-    steps: int = 400
+    steps: int = 256
     seeds: tuple[int, ...] = (0, 1, 2)
     learning_rate: float = 3e-3
-    warmup_steps: int = 40
+    warmup_steps: int = 32
     weight_decay: float = 0.1
     eval_bytes: int = 131_072
     timing_rounds: int = 11

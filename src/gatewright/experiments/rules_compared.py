@@ -10,6 +10,8 @@ from gatewright.experiments.lab_pages import lab_page, lab_pictures, ranked
 from gatewright.training.workplace import environment, now
 
 _BALANCE = {"balance": 1e-2}
+# Ten times the papers' 0.001: a bias must move within hundreds of steps here.
+_FAST_BIAS = {"rate": 1e-2}
 _NOISY = {"importance": 0.1, "load": 0.1}
 # Expert rows that one token meets: K experts of width F, K F = 256 for all.
 _ACTIVE = 256
@@ -42,9 +44,9 @@ ARMS = (
     Arm("batchwise", "batchwise", losses={"threshold": 1e-2}, note="2017 appendix F"),
     Arm("deepseek_moe", "deepseek_moe", losses=_BALANCE),
     Arm("deepseek_v2", "deepseek_v2", losses=_BALANCE, options={"num_groups": 4, "groups_kept": 2}),
-    Arm("deepseek_v3", "deepseek_v3", losses={"sequence_balance": 1e-4}),
-    Arm("deepseek_v4", "deepseek_v4", losses={"sequence_balance": 1e-4}),
-    Arm("loss_free", "loss_free"),
+    Arm("deepseek_v3", "deepseek_v3", losses={"sequence_balance": 1e-4}, options=_FAST_BIAS),
+    Arm("deepseek_v4", "deepseek_v4", losses={"sequence_balance": 1e-4}, options=_FAST_BIAS),
+    Arm("loss_free", "loss_free", options=_FAST_BIAS),
     _one("sinkhorn", "sinkhorn"),
     _one("base", "base"),
     _one("hash", "hash"),
