@@ -34,6 +34,8 @@ def block(name: str, root: Path) -> str:
     if not path.is_file():
         return f"Not recorded yet; `gatewright reproduce {name.replace('-', '/', 1)}` gives it.\n"
     record = json.loads(path.read_text(encoding="utf-8"))
+    if "arms" in record:
+        return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.
     record = record.get("race", record)
     schema = str(record.get("schema", ""))
@@ -55,6 +57,31 @@ def race_block(record: Mapping[str, Any], source: str) -> str:
         "",
         f"Measured with `{record['command']}` on {place['processor']}, {place['threads']} threads, torch "
         f"{place['torch']}, commit `{place['commit']}`; every number is taken from `reproductions/{source}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def arms_block(record: Mapping[str, Any], source: str) -> str:
+    """Return an experiment with many arms as a sentence, a row per arm, and where it was measured."""
+    lines = [record["verdict"]["sentence"], ""]
+    lines += [
+        "| arm | bits per byte by seed | MaxVio in training | dropped | step time |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for name, arm in record["arms"].items():
+        seeds = arm["seeds"]
+        bits = ", ".join("diverged" if s["valid_bpb"] is None else f"{s['valid_bpb']:.4f}" for s in seeds)
+        own = [s["training"] for s in seeds if "training" in s]
+        worst = f"{sum(s['max_violation'] for s in own) / len(own):.2f}" if own else "-"
+        lost = f"{100 * sum(s['dropped'] for s in own) / len(own):.1f} %" if own else "-"
+        ahead = "" if arm["causal"] else " (looks ahead)"
+        lines.append(f"| {name}{ahead} | {bits} | {worst} | {lost} | {arm['step_time']['median']:.2f} |")
+    place = record["environment"]
+    lines += [
+        "",
+        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, {place['threads']} "
+        f"threads, torch {place['torch']}, commit `{place['commit']}`; every number is taken from "
+        f"`reproductions/{source}`.",
     ]
     return "\n".join(lines) + "\n"
 

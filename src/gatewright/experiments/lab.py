@@ -94,7 +94,7 @@ def build(plan: Plan, arm: Arm, vocab_size: int, seed: int) -> Decoder:
 
 
 def run_plan(plan: Plan, work: Path, about: str) -> Record:
-    """Return {"plan", "arms": {name: {"seeds": [...], "step_time": ...}}}, every arm and seed of the plan."""
+    """Return {"schema", "plan", "arms": {name: {"seeds": [...], "step_time": ...}}}: every arm and seed."""
     work.mkdir(parents=True, exist_ok=True)
     arms: dict[str, Record] = {arm.name: {**_plain(arm), **_facts(arm), "seeds": []} for arm in plan.arms}
     with Progress(about) as progress:
@@ -113,6 +113,7 @@ def run_plan(plan: Plan, work: Path, about: str) -> Record:
             arms[arm.name]["step_time"] = _kept(path, settings, lambda arm=arm: _times(plan, arm, corpus))
             arms[arm.name]["active_flops"] = _active_flops(plan, arm, arms[arm.name]["seeds"])
     return {
+        "schema": "gatewright.arms.v1",
         "plan": _shared(plan),
         "baseline": plan.baseline,
         "data": {"text": corpus.fingerprint},

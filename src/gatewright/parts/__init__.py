@@ -1,11 +1,17 @@
 """Mechanism only: routing, dispatch, experts, balance losses, and the layer that joins them."""
 
 from gatewright.kernels import DispatchPlan
-from gatewright.parts.balancing import attach_loss, balance_loss, z_loss
+from gatewright.parts.balancing import attach_loss, balance_loss, gshard_loss, z_loss
 from gatewright.parts.capacity import Capacity, expert_capacity
+from gatewright.parts.coefficients import Coefficient, coefficient_for, coefficients_for
+from gatewright.parts.device_losses import communication_loss, device_loss
 from gatewright.parts.dispatch import count_assignments, make_plan
 from gatewright.parts.experts import MLP, Experts
+from gatewright.parts.free_experts import FreeExperts
 from gatewright.parts.layer import MoELayer
+from gatewright.parts.losses import LOSSES
+from gatewright.parts.nested_experts import ModuleExperts
+from gatewright.parts.noise import InputJitter, LogitNoise, SoftplusNoise, load_estimate
 from gatewright.parts.router import Noise, Routed, Router
 from gatewright.parts.routing import (
     WEIGHT_FORMS,
@@ -26,25 +32,41 @@ from gatewright.parts.rules import (
     router_info,
     token_choice,
 )
+from gatewright.parts.running import RunningCounts
 from gatewright.parts.scores import SCORES, softmax_scores
+from gatewright.parts.selection_bias import SelectionBias
+from gatewright.parts.shared import GatedShared
+from gatewright.parts.soft import SoftMoELayer
 from gatewright.parts.stats import RouterStats, Stats
+from gatewright.parts.variation import importance_loss, load_loss
 
 __all__ = [
+    "LOSSES",
     "MLP",
     "SCORES",
     "WEIGHT_FORMS",
     "Assignment",
     "Capacity",
+    "Coefficient",
     "DispatchPlan",
     "Experts",
+    "FreeExperts",
+    "GatedShared",
+    "InputJitter",
+    "LogitNoise",
     "MoELayer",
+    "ModuleExperts",
     "Noise",
     "Routed",
     "Router",
     "RouterInfo",
     "RouterStats",
     "RoutingCall",
+    "RunningCounts",
+    "SelectionBias",
     "SelectionRule",
+    "SoftMoELayer",
+    "SoftplusNoise",
     "Stats",
     "TokenChoice",
     "WeightForm",
@@ -53,9 +75,17 @@ __all__ = [
     "balance_loss",
     "build_router",
     "check_selection",
+    "coefficient_for",
+    "coefficients_for",
+    "communication_loss",
     "count_assignments",
+    "device_loss",
     "expert_capacity",
     "from_mask",
+    "gshard_loss",
+    "importance_loss",
+    "load_estimate",
+    "load_loss",
     "make_plan",
     "register",
     "router_info",
