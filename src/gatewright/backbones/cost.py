@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 from gatewright.backbones.attention import Attention
 from gatewright.backbones.transformer import Decoder
 from gatewright.errors import UserError
-from gatewright.parts import MLP, MoELayer
+from gatewright.parts import Experts, MoELayer
+from gatewright.parts.free_experts import FreeExperts
+from gatewright.parts.nested_experts import ModuleExperts
 
 _DRAWS = {nn.init.normal_, nn.init.trunc_normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
 _DRAWS |= {Tensor.normal_, Tensor.uniform_}
@@ -91,22 +93,64 @@ def count_cost(model: nn.Module, context: int) -> Cost:
         0.0,
     )
     total = sum(p.numel() for p in model.parameters())
-    idle = 0
+    idle = 0.0
     for module in model.modules():
         if isinstance(module, Attention):
             projections = (module.query, module.key, module.value, module.output)
             flops["attention_projections"] += 2 * sum(p.weight.numel() for p in projections)
             flops["attention_scores"] += 2 * 2 * module.num_heads * module.head_dim * (context + 1) / 2
-        elif isinstance(module, MoELayer):
-            experts = sum(p.numel() for p in module.experts.parameters())
-            one = experts // module.num_experts
-            idle += experts - one * module.num_selected
-            flops["router"] += 2 * module.router.weight.numel()
-            flops["experts"] += 2 * one * module.num_selected
-            if module.shared is not None:
-                flops["shared_experts"] += 2 * sum(p.numel() for p in module.shared.parameters())
     for block in model.layers:
-        if isinstance(block.feed_forward, MLP):
-            flops["dense_ffn"] += 2 * sum(p.numel() for p in block.feed_forward.parameters())
+        own = _feed_forward(block.feed_forward, "dense_ffn")
+        idle += sum(p.numel() for p in block.feed_forward.parameters()) - own.active
+        for part, count in own.flops.items():
+            flops[part] += count
     flops["head"] = 2.0 * model.vocab_size * model.width
-    return Cost(total_parameters=total, active_parameters=total - idle, flops=flops)
+    return Cost(total_parameters=total, active_parameters=round(total - idle), flops=flops)
+
+
+class _Share(NamedTuple):
+    """What one token meets of a module: parameters, and FLOPs by part."""
+
+    active: float
+    flops: dict[str, float]
+
+    def times(self, share: float) -> _Share:
+        return _Share(share * self.active, {part: share * count for part, count in self.flops.items()})
+
+
+def _sum(shares: list[_Share]) -> _Share:
+    flops: dict[str, float] = {}
+    for share in shares:
+        for part, count in share.flops.items():
+            flops[part] = flops.get(part, 0.0) + count
+    return _Share(sum(share.active for share in shares), flops)
+
+
+def _feed_forward(module: nn.Module, part: str) -> _Share:
+    """Return a feed-forward module's share; what is no MoE layer is met whole, and counts as `part`."""
+    if not isinstance(module, MoELayer):
+        matrices = sum(p.numel() for p in module.parameters() if p.dim() > 1)
+        return _Share(sum(p.numel() for p in module.parameters()), {part: 2.0 * matrices})
+    router = sum(p.numel() for p in module.router.parameters())
+    shares = [_Share(router, {"router": 2.0 * module.router.weight.numel()})]
+    if module.shared is not None:
+        shares.append(_feed_forward(module.shared, "shared_experts"))
+    return _sum([*shares, _experts(module.experts, module.num_experts, float(module.num_selected))])
+
+
+def _experts(experts: nn.Module, num_experts: int, num_selected: float) -> _Share:
+    """Return K experts' share. Among free and feed-forward experts, and among modules that differ, it is
+    that of an even load.
+    """
+    if isinstance(experts, FreeExperts):
+        chosen = num_selected * experts.num_ffn / experts.num_experts
+        own = [p.numel() for p in (experts.w_constant, experts.v_constant) if p is not None]
+        free = _Share(sum(own), {"experts": 2.0 * sum(own)})
+        return _sum([free, _experts(experts.ffn, experts.num_ffn, chosen)])
+    if isinstance(experts, ModuleExperts):
+        members = _sum([_feed_forward(member, "experts") for member in experts.members])
+        return members.times(num_selected / num_experts)
+    parameters = list(experts.parameters())
+    matrices = [experts.w_in, experts.w_down] if isinstance(experts, Experts) else parameters
+    whole = _Share(sum(p.numel() for p in parameters), {"experts": 2.0 * sum(p.numel() for p in matrices)})
+    return whole.times(num_selected / num_experts)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from gatewright.backbones.norm import RMSNorm
 from gatewright.errors import UserError
-from gatewright.parts import Router
+from gatewright.parts import Experts, Router
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -17,6 +17,8 @@ def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
     for router in (m for m in model.modules() if isinstance(m, Router)):
         kept = router.keeps_initialisation
         left |= {id(p) for name, p in router.named_parameters() if kept or name != "weight"}
+    for experts in (m for m in model.modules() if isinstance(m, Experts)):
+        left |= {id(bias) for bias in (experts.b_in, experts.b_down)}
     return [(name, p) for name, p in model.named_parameters() if id(p) not in left and p.dim() > 1]
 
 

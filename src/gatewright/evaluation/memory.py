@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from gatewright.backbones import Attention, Block, Decoder
 from gatewright.errors import UserError, did_you_mean
-from gatewright.parts import MLP, MoELayer
+from gatewright.parts import MLP, Experts, MoELayer
+from gatewright.parts.free_experts import FreeExperts
+from gatewright.parts.nested_experts import ModuleExperts
+from gatewright.parts.shared import GatedShared
 
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 # Bytes of state per parameter beside weight and gradient; two fp32 moments, one, or none.
@@ -85,26 +90,56 @@ def _block_bytes(block: Block, each: float) -> float:
     kept = 2 * _norm_bytes(width, each) + each * (2 * query + 2 * key) + 4 * attention.num_heads
     if attention.qk_norm != "none":
         kept += _norm_bytes(query, each, output_kept=False) + _norm_bytes(key, each, output_kept=False)
-    feed_forward = block.feed_forward
-    if isinstance(feed_forward, MoELayer):
-        return kept + _mixture_bytes(feed_forward, width, each)
-    assert isinstance(feed_forward, MLP)
-    return kept + _mlp_bytes(feed_forward, each)
+    return kept + _feed_forward_bytes(block.feed_forward, width, each)
+
+
+def _feed_forward_bytes(module: nn.Module, width: int, each: float) -> float:
+    if isinstance(module, MoELayer):
+        return _mixture_bytes(module, width, each)
+    if isinstance(module, GatedShared):
+        # The gate's number and the MLP's output, which the product needs.
+        return _mlp_bytes(module.mlp, each) + each * (1 + width)
+    assert isinstance(module, MLP)
+    return _mlp_bytes(module, each)
 
 
 def _mlp_bytes(mlp: MLP, each: float) -> float:
     hidden, pre = mlp.w_down.shape[1], mlp.w_in.shape[0]
+    if mlp.activation == "linear":
+        return each * hidden
+    if mlp.activation == "clamped_swiglu":
+        # Both halves as given and as cut, up + 1, its product with the gate, the sigmoid, and the output.
+        return each * (pre + 5 * hidden)
     # ReLU's backward needs its output alone; GELU and the gated forms also keep what went in.
     kept = hidden if mlp.activation == "relu" else pre + hidden + (hidden if pre != hidden else 0)
     return each * kept
 
 
 def _mixture_bytes(layer: MoELayer, width: int, each: float) -> float:
-    pre = layer.experts.w_in.shape[1] * layer.num_selected
     router = 2 * 4 * layer.num_experts + (4 * width if each < 4 else 0)
     plan = layer.num_selected * (4 + 8 + 8)  # fp32 weight, slot and token id of each choice
-    shared = 0.0 if layer.shared is None else _mlp_bytes(layer.shared, each)
-    return each * pre + router + plan + shared
+    shared = 0.0 if layer.shared is None else _feed_forward_bytes(layer.shared, width, each)
+    return _expert_bytes(layer.experts, width, layer.num_selected, each) + router + plan + shared
+
+
+def _expert_bytes(experts: nn.Module, width: int, num_selected: float, each: float) -> float:
+    """Return what K experts keep; among free ones and modules that differ, at an even load.
+
+    Free experts keep x in fp32 where it is narrower. Modules keep their rows, the rows that are combined
+    in fp32, and each place's token, slot and mask.
+    """
+    if isinstance(experts, FreeExperts):
+        chosen = num_selected * experts.num_ffn / experts.num_experts
+        # A mask and, of constant experts, index, logits, shares, mask and weight of each place; x's factor.
+        place = 1 + (8 + 8 + 8 + 1 + 4 if experts.num_constant else 0)
+        free = num_selected * place + 4 + (4 * width if each < 4 else 0)
+        return _expert_bytes(experts.ffn, width, chosen, each) + free
+    if isinstance(experts, ModuleExperts):
+        members = [_feed_forward_bytes(member, width, each) for member in experts.members]
+        return num_selected * (sum(members) / len(members) + (each + 4) * width + 8 + 8 + 1)
+    assert isinstance(experts, Experts)
+    dropout = experts.w_down.shape[2] if experts.dropout else 0
+    return each * num_selected * (experts.w_in.shape[1] + dropout)
 
 
 def _ends_bytes(model: Decoder, each: float) -> float:

@@ -127,12 +127,12 @@ class FreeExperts(nn.Module):
         column = columns[place]
         of_x = torch.where(column == 0, weights, 0)
         if self.w_constant is None or self.v_constant is None:
-            return _scaled_sum(y, x, of_x.sum(dim=1), None)
-        count = self.num_constant
+            return _scaled_sum(y, x.to(wide), of_x.sum(dim=1), None)
+        x, count = x.to(wide), self.num_constant
         is_constant = (column > 0) & (column <= count)
         which = torch.where(is_constant, column - 1, 0)
         with torch.autocast(x.device.type, enabled=False):
-            logits = x.to(wide) @ self.w_constant.to(wide).flatten(0, 1).t()
+            logits = x @ self.w_constant.to(wide).flatten(0, 1).t()
             chosen = logits.unflatten(1, (count, 2)).gather(1, which.unsqueeze(-1).expand(-1, -1, 2))
             if plan.weight_side == "input":  # the expert is given w x, so its own logits are w W_c x
                 share = torch.softmax(chosen * weights.unsqueeze(-1), dim=-1)
@@ -148,6 +148,6 @@ class FreeExperts(nn.Module):
 
 
 def _scaled_sum(y: Tensor, x: Tensor, scale: Tensor, more: Tensor | None) -> Tensor:
-    """Return y + scale * x + more in y's dtype; scale [T] is at least fp32, and so is the sum."""
-    total = torch.addcmul(y.to(scale.dtype), x.to(scale.dtype), scale.unsqueeze(-1))
+    """Return y + scale * x + more in y's dtype; all but y are at least fp32, and so is the sum."""
+    total = torch.addcmul(y.to(scale.dtype), x, scale.unsqueeze(-1))
     return (total if more is None else total + more).to(y.dtype)

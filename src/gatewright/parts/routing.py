@@ -94,7 +94,8 @@ def select_top(scores: Float[Tensor, "T E"], num_selected: int) -> Int64[Tensor,
     else:
         passes = bool((torch.isneginf(scores).sum(dim=-1) <= num_experts - num_selected).all())
     if not passes:
-        return rank_rows(scores)[:, :num_selected]
+        # A copy: the slice alone would keep all E ids alive until the backward pass.
+        return rank_rows(scores)[:, :num_selected].contiguous()
     left = scores.clone()
     picks = []
     for _ in range(num_selected):
