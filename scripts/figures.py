@@ -75,7 +75,8 @@ def arms_block(record: Mapping[str, Any], source: str) -> str:
         worst = f"{sum(s['max_violation'] for s in own) / len(own):.2f}" if own else "-"
         lost = f"{100 * sum(s['dropped'] for s in own) / len(own):.1f} %" if own else "-"
         ahead = "" if arm["causal"] else " (looks ahead)"
-        lines.append(f"| {name}{ahead} | {bits} | {worst} | {lost} | {arm['step_time']['median']:.2f} |")
+        time = f"{arm['step_time']['median']:.2f}"
+        lines.append(f"| {name}{ahead} | {bits} | {worst} | {lost} | {time} |")
     place = record["environment"]
     lines += [
         "",

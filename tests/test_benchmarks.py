@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import layer
+from benchmarks import layer, routers
 from gatewright.errors import RunFailure, UserError
+from gatewright.parts import all_routers, router_info
 
 TINY = layer.Shape(tokens=32, width=8, expert_width=6, num_experts=4, num_selected=2)
 
@@ -42,3 +43,25 @@ def test_a_noisy_dense_side_is_not_printed(monkeypatch):
         layer.run_grid("tiny", 11, lines.append)
     assert "not printed" in lines[-1]
     assert "1.23" not in lines[-1]
+
+
+def test_every_router_is_timed_against_plain_token_choice(monkeypatch):
+    row = routers.time_router(router_info("deepseek_v3"), 11, tokens=64)
+    assert [len(row["seconds"][side]) for side in ("plain", "own")] == [11, 11]
+    assert row["low"] <= row["ratio"] <= row["high"]
+    timed: list[tuple[str, int]] = []
+
+    def fake(info, rounds):
+        timed.append((info.name, rounds))
+        return {"router": info.name, "ratio": 1.25, "low": 1.2, "high": 1.3}
+
+    monkeypatch.setattr(routers, "time_router", fake)
+    lines: list[str] = []
+    record = routers.run_routers(11, lines.append)
+    assert [name for name, _ in timed] == [info.name for info in all_routers()]
+    # The optimal assignment takes seconds: once is enough to say so.
+    assert {name for name, rounds in timed if rounds < 11} == {"base"}
+    assert len(record["rows"]) == len(timed)
+    assert "1.25" in lines[-1]
+    with pytest.raises(UserError, match="rounds 3"):
+        routers.run_routers(3, lines.append)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import figures, planted, tree
+from gatewright.parts import all_routers
+from scripts import figures, planted, roster, tree
 
 RACE = {
     "schema": "gatewright.race.v1",
@@ -177,3 +178,50 @@ def test_a_patch_without_its_header_or_its_place_is_named(tmp_path: Path, capfd)
     with pytest.raises(ValueError, match=r"toy\.patch: no line 'Test: \.\.\.'"):
         planted.main([], root)
     assert planted.main(["other"], root) == 2
+
+
+ARMS = {
+    "target": "toy/arms",
+    "environment": RACE["environment"],
+    "verdict": {"sentence": "held: the loss helps"},
+    "arms": {
+        "twin": {
+            "causal": True,
+            "seeds": [{"valid_bpb": 2.5}, {"valid_bpb": 2.4}],
+            "step_time": {"median": 0.9},
+        },
+        "ahead": {
+            "causal": False,
+            "seeds": [
+                {"valid_bpb": 2.25, "training": {"max_violation": 1.0, "dropped": 0.25}},
+                {"valid_bpb": None, "training": {"max_violation": 2.0, "dropped": 0.75}},
+            ],
+            "step_time": {"median": 1.234},
+        },
+    },
+}
+
+
+def test_an_experiment_with_many_arms_shows_every_seed(tmp_path: Path):
+    (tmp_path / "reproductions").mkdir()
+    (tmp_path / "reproductions" / "toy-arms.json").write_text(json.dumps(ARMS))
+    (tmp_path / "README.md").write_text(PAGE.replace("race-toy", "toy-arms"))
+    assert figures.main([], tmp_path) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "held: the loss helps" in text
+    assert "| twin | 2.5000, 2.4000 | - | - | 0.90 |" in text
+    assert "| ahead (looks ahead) | 2.2500, diverged | 1.50 | 50.0 % | 1.23 |" in text
+    assert "`gatewright reproduce toy/arms`" in text
+
+
+def test_the_table_of_routers_comes_from_the_registry(tmp_path: Path):
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "routers.md"
+    page.write_text("Before.\n<!-- routers -->\nold\n<!-- /routers -->\nAfter.\n")
+    assert roster.main(["--check"], tmp_path) == 1
+    assert roster.main([], tmp_path) == 0
+    assert roster.main(["--check"], tmp_path) == 0
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(all_routers())
+    (row,) = (line for line in rows if line.startswith("| `sinkhorn`"))
+    assert "| in evaluation |" in row
