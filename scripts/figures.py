@@ -80,9 +80,9 @@ def arms_block(record: Mapping[str, Any], source: str) -> str:
     place = record["environment"]
     lines += [
         "",
-        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, {place['threads']} "
-        f"threads, torch {place['torch']}, commit `{place['commit']}`; every number is taken from "
-        f"`reproductions/{source}`.",
+        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
+        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
+        f"taken from `reproductions/{source}`.",
     ]
     return "\n".join(lines) + "\n"
 
