@@ -38,7 +38,8 @@ def communication_loss(stats: Stats, num_devices: int, devices_kept: int) -> Flo
     Equation: DeepSeek-V2's third loss: mean over routers of sum_d f''_d P''_d, with f''_d = D / (M T) times
     the tokens that device d receives, and P''_d the sum of its experts' mean scores. A token counts once per
     device, however many of its experts are there ("device_counts" [D] among `sums`); M = `devices_kept` is
-    how many devices a token may go to. Gradient flows through P'' only. Tokens that use fewer than M devices lower it.
+    how many devices a token may go to. Gradient flows through P'' only. Tokens that use fewer than M devices
+    lower it.
     Scope, blocks of experts, invariances and the factor over layers: as `device_loss`.
     Raises: UserError unless D divides every router's E, for M outside 1..D, and where no router has
     device_counts of D devices.
