@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gatewright.experiments import RaceRun
+from gatewright.experiments import RaceRun, balance, lab, rules_compared
 from gatewright.experiments.quickstart import PLANS
 from gatewright.experiments.sweep import best_rate
 
@@ -74,3 +74,31 @@ def test_the_verdict_of_the_quickstart_follows_from_its_numbers() -> None:
     assert race["verdict"]["gap_mean"] == pytest.approx(statistics.fmean(gaps))
     assert race["verdict"]["held"] == (statistics.fmean(gaps) > spread and min(gaps) >= 0)
     assert race["data"]["eval_bytes"] >= 250_000
+
+
+ARMS = {"switch-balance": balance.PLAN, "routers-compare": rules_compared.PLAN}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_and_seed_of_a_comparison_is_recorded_as_it_is_planned(name: str) -> None:
+    record, plan = read(name), ARMS[name]
+    assert set(record["arms"]) == {arm.name for arm in plan.arms}
+    assert record["plan"] == lab._shared(plan)
+    for arm in plan.arms:
+        held = record["arms"][arm.name]
+        assert [own["seed"] for own in held["seeds"]] == list(plan.seeds)
+        assert {key: held[key] for key in lab._plain(arm)} == lab._plain(arm)
+        assert len(held["step_time"]["raw_ms"]) == plan.timing_rounds
+    assert not record["quick"]
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_a_comparison_s_verdict_follows_from_its_numbers(name: str) -> None:
+    record = read(name)
+    verdict = {"switch-balance": balance._verdict, "routers-compare": rules_compared._verdict}[name]
+    assert json.loads(json.dumps(verdict(record))) == record["verdict"]
+    page = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+    assert record["verdict"]["sentence"] in page
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    first, _, second = name.partition("-")
+    assert set(expected[first][second]) == {"metric", "sign", "least_effect"}
