@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gatewright.backbones.attention import Attention
-from gatewright.backbones.transformer import Decoder
+from gatewright.backbones.transformer import Block, Decoder
 from gatewright.errors import UserError
 from gatewright.parts import Experts, MoELayer
 from gatewright.parts.free_experts import FreeExperts
@@ -99,7 +99,7 @@ def count_cost(model: nn.Module, context: int) -> Cost:
             projections = (module.query, module.key, module.value, module.output)
             flops["attention_projections"] += 2 * sum(p.weight.numel() for p in projections)
             flops["attention_scores"] += 2 * 2 * module.num_heads * module.head_dim * (context + 1) / 2
-    for block in model.layers:
+    for block in (layer for layer in model.layers if isinstance(layer, Block)):
         own = _feed_forward(block.feed_forward, "dense_ffn")
         idle += sum(p.numel() for p in block.feed_forward.parameters()) - own.active
         for part, count in own.flops.items():
