@@ -172,6 +172,7 @@ def test_a_multiple_and_a_minimum_reach_the_plan():
         assert record_of(seen_layer(2, 1, weights="raw", capacity=capacity), x).kept.tolist() == [kept, 0]
 
 
+@pytest.mark.timeout(300)
 def test_compiled_whole_a_capacity_decides_the_same():
     # In a program of its own: the shape checks of the test run cannot be compiled.
     done = subprocess.run(

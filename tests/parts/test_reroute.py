@@ -117,6 +117,16 @@ def test_two_choices_never_meet_at_one_expert():
     assert record.experts.tolist() == [[0, 1], [2, 3], [-1, -1], [-1, -1]]
 
 
+def test_a_choice_does_not_join_its_own_token_s_other_one():
+    # C = ceil(1 * 2 * 3 / 4) = 2. Tokens 0 and 1 fill expert 1; token 2's second choice goes to 2, although
+    # expert 0, where its first is, has room and scores higher.
+    scores = torch.tensor(
+        [[0.05, 0.60, 0.25, 0.10], [0.05, 0.60, 0.10, 0.25], [0.50, 0.30, 0.15, 0.05]], dtype=torch.float64
+    )
+    _, record = layer_and_record(scores, 2, Capacity(1.0, reroute=True), weights="raw")
+    assert record.experts.tolist() == [[1, 2], [1, 3], [0, 2]]
+
+
 def test_within_a_round_the_order_decides():
     # C = 1, E = 4; tokens 0 and 1 hold everything but 2 and 3. Token 2 wants 0, 1 and may go to 2, 3; token 3
     # wants 0, 1 and may go to 3, 2. By position token 2 takes both; by rank each takes its own best.

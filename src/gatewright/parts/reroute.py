@@ -34,23 +34,18 @@ def reroute(
         group = group_ids(assignment.num_tokens, group_size, limit.device)
         limits = limit.index_select(0, group).unsqueeze(-1)
     kept = made & (queue_positions(assignment, group_size, order) < limits)
-    untried, left = _untried(routed.scores.detach(), experts, made, kept)
+    untried = _untried(routed.scores.detach(), experts, made)
     queues, last = choice_queues(experts, assignment.num_experts, group_size)
     came = count_into(queues.reshape(-1), last + 1)
     priority = highest_weights(assignment).unsqueeze(-1).expand_as(experts)
-    tried = torch.zeros_like(left)
     for _ in range(assignment.num_experts - 1):
-        waiting = made & ~kept
-        number = tried + waiting.cumsum(dim=1) - 1
-        waiting = waiting & (number < left)
-        if not torch.compiler.is_compiling() and not bool(waiting.any()):
+        target, untried = _next_best(untried, made & ~kept)
+        if not torch.compiler.is_compiling() and not bool((target >= 0).any()):
             break
-        target = torch.where(waiting, untried.gather(1, number.clamp(0, assignment.num_experts - 1)), -1)
-        tried = tried + waiting.sum(dim=1, keepdim=True)
         round_ = Assignment(target, priority, assignment.num_experts)
         queues, _ = choice_queues(target, assignment.num_experts, group_size)
         ahead = came[queues] + queue_positions(round_, group_size, order)
-        found = waiting & (ahead < limits)
+        found = (target >= 0) & (ahead < limits)
         experts = torch.where(found, target, experts)
         kept = kept | found
         came = came + count_into(queues.reshape(-1), last + 1)
@@ -58,23 +53,34 @@ def reroute(
     return dataclasses.replace(assignment, experts=experts, weights=weights), kept
 
 
-def _untried(scores: Tensor, experts: Tensor, made: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each token's experts [T, E], those that it did not choose first, the best of them leading; and
-    how many they are [T, 1]. Tokens of which no choice waits hold zeros.
-    """
+def _untried(scores: Tensor, experts: Tensor, made: Tensor) -> Tensor:
+    """Return the scores [T, E], -inf for the experts that a token chose itself."""
     num_tokens, num_experts = scores.shape
     tried = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=scores.device)
     tried = tried.scatter_(1, torch.where(made, experts, num_experts), True)[:, :num_experts]
-    left = num_experts - tried.sum(dim=1, keepdim=True)
-    ranked = torch.where(tried, -torch.inf, scores)
-    if torch.compiler.is_compiling():
-        return torch.sort(ranked, dim=1, descending=True, stable=True).indices, left
-    # Sorting is what costs here, and few tokens wait.
-    waiting = (made & ~kept).any(dim=1).nonzero().squeeze(-1)
-    order = torch.sort(ranked.index_select(0, waiting), dim=1, descending=True, stable=True).indices
-    return torch.zeros(scores.shape, dtype=torch.int64, device=scores.device).index_copy_(
-        0, waiting, order
-    ), left
+    return torch.where(tried, -torch.inf, scores)
+
+
+def _next_best(untried: Tensor, waiting: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the expert that each waiting choice [T, K] goes to, -1 where none is left; and the scores [T, E]
+    with -inf for those experts too.
+    """
+    rows, left, asking = None, untried, waiting
+    if not torch.compiler.is_compiling():
+        rows = waiting.any(dim=1).nonzero().squeeze(-1)
+        left, asking = untried.index_select(0, rows), waiting.index_select(0, rows)
+    targets = []
+    for asks in asking.unbind(dim=1):
+        best = left.argmax(dim=1, keepdim=True)
+        score = left.gather(1, best)
+        goes = asks.unsqueeze(-1) & (score > -torch.inf)
+        targets.append(torch.where(goes, best, -1))
+        left = left.scatter(1, best, torch.where(goes, -torch.inf, score))
+    target = torch.cat(targets, dim=1)
+    if rows is None:
+        return target, left
+    everywhere = torch.full(waiting.shape, -1, dtype=torch.int64, device=waiting.device)
+    return everywhere.index_copy_(0, rows, target), untried.index_copy(0, rows, left)
 
 
 def _moved_weights(routed: Routed, experts: Tensor) -> Tensor:
