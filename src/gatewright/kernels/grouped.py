@@ -18,7 +18,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gatewright.kernels import everyone
 from gatewright.kernels.activations import activate, activate_backward
+from gatewright.kernels.everyone import is_everyone
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 from gatewright.kernels.rows import (
     by_row,
@@ -218,6 +220,8 @@ def expert_mlp(
     hidden_scale: Float[Tensor, "M F"] | None = None,
 ) -> Float[Tensor, "T D"]:
     """Return y [T, D] as `reference.expert_mlp` does, by grouped matmuls. Once differentiable."""
+    if hidden_scale is None and is_everyone(plan):
+        return everyone.expert_mlp(x, plan, combine_weights, weights)
     w = weights
     tensors = (x, combine_weights, w.w_in, w.w_down, w.b_in, w.b_down, hidden_scale)
     if torch.compiler.is_compiling():
