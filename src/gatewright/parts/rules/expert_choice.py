@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -40,51 +41,46 @@ def column_top(
     A group of n real tokens gives every column min(n, ceil(share n)). Of equal values the first token is
     taken; a NaN stands last. Carries no gradient; no shape depends on the numbers.
     """
-    num_tokens, num_experts = values.shape
-    columns = to_groups(values.detach(), call.group_size)
-    count, size = columns.shape[:2]
-    columns = columns.transpose(1, 2).contiguous()
-    eager = not torch.compiler.is_compiling()
+    num_tokens = values.shape[0]
+    rows = to_groups(values.detach(), call.group_size)
+    count, size = rows.shape[:2]
     real = to_groups(real_tokens(call.mask, num_tokens, values.device).unsqueeze(-1), call.group_size)
-    real = real.transpose(1, 2)
-    if call.mask is not None or count * size != num_tokens:
-        columns = torch.where(real, columns, -torch.inf)
+    whole = call.mask is None and count * size == num_tokens
+    if not whole:
+        rows = torch.where(real, rows, -torch.inf)
     places = column_places(share, real.sum(dim=(1, 2)))
     most = min(size, (size * share[0] + share[1] - 1) // share[1])
     if most == 0:
         return torch.zeros_like(values, dtype=torch.bool), places
     limit = places.view(-1, 1, 1)
-    if not eager:
-        columns = _nan_last(columns)
-    highest, tokens = torch.topk(columns, most, dim=-1)
-    if eager and bool(highest.isnan().any()):
-        columns = _nan_last(columns)
-        highest, tokens = torch.topk(columns, most, dim=-1)
-    lowest = highest.gather(-1, (limit - 1).clamp(min=0).expand(-1, num_experts, 1))
-    if eager and _no_ties(columns, lowest, limit):
-        kept = (torch.arange(most, device=values.device) < limit).expand_as(tokens)
-        ids = torch.arange(num_experts, device=values.device).unsqueeze(-1)
-        groups = torch.arange(count, device=values.device).view(-1, 1, 1)
-        taken = torch.zeros(count * size * num_experts, dtype=torch.bool, device=values.device)
-        taken[((groups * size + tokens) * num_experts + ids).reshape(-1)] = kept.reshape(-1)
-        return taken.view(-1, num_experts)[:num_tokens], places
-    # torch.topk breaks ties arbitrarily: only its lowest value is used, and equals go by position.
-    above, level = columns > lowest, (columns == lowest) & real
-    left = limit - above.sum(dim=-1, keepdim=True, dtype=torch.int32)
-    taken = above | (level & (level.cumsum(dim=-1, dtype=torch.int32) <= left))
-    return from_groups(taken.transpose(1, 2), num_tokens), places
+    eager = not torch.compiler.is_compiling()
+    if not eager or bool(rows.amax().isnan()):
+        rows = _nan_last(rows)
+    lowest = _lowest_taken(rows.transpose(1, 2).contiguous(), limit, most, whole).transpose(1, 2)
+    taken = rows >= lowest
+    # As many values as there are places reach the lowest one taken: there are no ties to part.
+    if not (eager and bool((taken.sum(dim=1, keepdim=True, dtype=torch.int32) == limit).all())):
+        above, level = rows > lowest, (rows == lowest) & real
+        left = limit - above.sum(dim=1, keepdim=True, dtype=torch.int32)
+        taken = above | (level & (level.cumsum(dim=1, dtype=torch.int32) <= left))
+    return from_groups(taken, num_tokens), places
 
 
-def _nan_last(columns: Float[Tensor, "G E S"]) -> Float[Tensor, "G E S"]:
-    return torch.nan_to_num(columns, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+def _lowest_taken(
+    columns: Float[Tensor, "G E S"], limit: Int64[Tensor, "G 1 1"], most: int, whole: bool
+) -> Float[Tensor, "G E 1"]:
+    """Return each column's `limit`-th highest value; `whole` says that every limit is `most`."""
+    eager = columns.is_cpu and not torch.compiler.is_compiling()
+    if whole and eager and columns.dtype in (torch.float32, torch.float64):
+        # numpy selects by vector instructions: 2 ms against topk's 11 for 64 columns of 16,384.
+        place = columns.shape[-1] - most
+        return torch.from_numpy(np.partition(columns.numpy(), place, axis=-1)[..., place : place + 1])
+    highest = torch.topk(columns, most, dim=-1).values
+    return highest.gather(-1, (limit - 1).clamp(min=0).expand(-1, columns.shape[1], 1))
 
 
-def _no_ties(
-    columns: Float[Tensor, "G E S"], lowest: Float[Tensor, "G E 1"], limit: Int64[Tensor, "G 1 1"]
-) -> bool:
-    """Whether as many values reach the lowest one taken as there are places."""
-    reach = (columns >= lowest).sum(dim=-1, keepdim=True, dtype=torch.int32)
-    return bool((reach == limit).all())
+def _nan_last(rows: Float[Tensor, "G S E"]) -> Float[Tensor, "G S E"]:
+    return torch.nan_to_num(rows, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 class ExpertChoice:
