@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from gatewright.errors import UserError, did_you_mean
@@ -139,39 +139,39 @@ def from_mask(
     E, since it may not look at the numbers). Places beyond a token's own experts are empty, with weight 0.
     """
     num_tokens, num_experts = chosen.shape
-    eager = not torch.compiler.is_compiling()
-    # Few choices are sorted by themselves; where there are many, whole rows cost less.
-    if eager and int(chosen.count_nonzero()) * _SPARSE <= num_tokens * num_experts:
-        experts = _ranked_choices(chosen, weights.detach(), places)
-        taken = experts >= 0
+    if torch.compiler.is_compiling():
+        few, places = False, num_experts if places is None else places
     else:
-        if places is None:
-            places = num_experts
-            if eager:
-                # int32: summing booleans in int64 costs nine times as much.
-                places = int(chosen.sum(dim=1, dtype=torch.int32).max())
-        ranked = torch.where(chosen, weights.detach(), -torch.inf)
-        experts = select_top(ranked, max(places, 1))
+        # int32: summing booleans in int64 costs nine times as much.
+        held = chosen.sum(dim=1, dtype=torch.int32)
+        few = int(held.sum()) * _SPARSE <= num_tokens * num_experts
+        places = (int(held.max()) if num_tokens else 0) if places is None else places
+    # Few choices are sorted by themselves; where there are many, whole rows cost less.
+    if few:
+        experts = _ranked_choices(chosen, weights.detach(), held, max(places, 1))
+        taken = experts >= 0
+        weights = weights.gather(1, experts.clamp(min=0))
+    else:
+        experts = select_top(torch.where(chosen, weights.detach(), -torch.inf), max(places, 1))
         taken = chosen.gather(1, experts)
-        experts = torch.where(taken, experts, -1)
-    return Assignment(
-        experts=experts,
-        weights=torch.where(taken, weights.gather(1, experts.clamp(min=0)), 0),
-        num_experts=num_experts,
-    )
+        weights, experts = weights.gather(1, experts), torch.where(taken, experts, -1)
+    return Assignment(experts, torch.where(taken, weights, 0), num_experts)
 
 
 def _ranked_choices(
-    chosen: Bool[Tensor, "T E"], weights: Float[Tensor, "T E"], places: int | None
+    chosen: Bool[Tensor, "T E"], weights: Float[Tensor, "T E"], held: Int[Tensor, "T"], places: int
 ) -> Int64[Tensor, "T K"]:
-    """Return each token's experts [T, K] in falling order of weight, -1 where it has no more."""
-    tokens, ids = chosen.nonzero(as_tuple=True)
-    falling = torch.sort(weights[tokens, ids], descending=True, stable=True).indices
-    sorted_tokens, order = torch.sort(tokens[falling], stable=True)
-    held = torch.bincount(tokens, minlength=chosen.shape[0])
-    places = max(int(held.max()) if places is None and held.shape[0] else places or 0, 1)
-    ranks = torch.arange(tokens.shape[0], device=tokens.device) - (held.cumsum(0) - held)[sorted_tokens]
-    kept = ranks < places
-    experts = torch.full((chosen.shape[0], places), -1, dtype=torch.int64, device=chosen.device)
-    experts[sorted_tokens[kept], ranks[kept]] = ids[falling[order]][kept]
-    return experts
+    """Return each token's experts [T, K] in falling order of weight, -1 where it has no more; `held` [T] is
+    how many it has.
+    """
+    num_tokens, num_experts = chosen.shape
+    flat = chosen.flatten().nonzero().squeeze(1)
+    tokens = flat.div(num_experts, rounding_mode="floor")
+    ranks = torch.arange(flat.shape[0], device=flat.device) - (held.cumsum(0) - held)[tokens]
+    # Each token's choices side by side in the order of their ids, so that equals stay in it.
+    width = max(int(held.max()) if num_tokens else 0, places)
+    own = weights.new_full((num_tokens, width), -torch.inf)
+    experts = torch.full((num_tokens, width), -1, dtype=torch.int64, device=flat.device)
+    own[tokens, ranks] = weights.flatten()[flat]
+    experts[tokens, ranks] = flat - tokens * num_experts
+    return experts.gather(1, rank_rows(own)[:, :places])
