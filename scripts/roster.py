@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from gatewright.papers import all_papers
@@ -42,6 +43,10 @@ def _causal(info: RouterInfo) -> str:
     return "in evaluation" if info.causal_at_inference else "in training"
 
 
+def _between(new: str, match: re.Match[str]) -> str:
+    return f"{match[1]}{new}{match[2]}"
+
+
 def main(argv: list[str], root: Path = ROOT) -> int:
     """Rewrite the tables, or with --check return 1 when one differs."""
     pages = [
@@ -54,7 +59,7 @@ def main(argv: list[str], root: Path = ROOT) -> int:
         if not page.is_file():
             continue
         text = page.read_text(encoding="utf-8")
-        filled = block.sub(lambda match, new=new: f"{match[1]}{new}{match[2]}", text)
+        filled = block.sub(partial(_between, new), text)
         if "--check" not in argv:
             page.write_text(filled, encoding="utf-8")
         elif filled != text:

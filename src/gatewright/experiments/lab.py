@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,13 @@ def run_plan(plan: Plan, work: Path, about: str) -> Record:
             progress.update(place / len(jobs), f"{arm.name}, seed {seed} ({place + 1} of {len(jobs)})")
             settings = {"arm": _plain(arm), "seed": seed, "plan": _shared(plan), "text": corpus.fingerprint}
             path = work / f"{arm.name}-{seed}.json".replace("/", "-")
-            done = _kept(path, settings, lambda arm=arm, seed=seed: train(plan, arm, corpus, seed))
+            done = _kept(path, settings, partial(train, plan, arm, corpus, seed))
             arms[arm.name]["seeds"].append(done)
         for arm in plan.arms:
             progress.update(1.0, f"step time of {arm.name}")
             settings = {"arm": _plain(arm), "plan": _shared(plan), "baseline": plan.baseline}
             path = work / f"{arm.name}-time.json".replace("/", "-")
-            arms[arm.name]["step_time"] = _kept(path, settings, lambda arm=arm: _times(plan, arm, corpus))
+            arms[arm.name]["step_time"] = _kept(path, settings, partial(_times, plan, arm, corpus))
             arms[arm.name]["active_flops"] = _active_flops(plan, arm, arms[arm.name]["seeds"])
     return {
         "schema": "gatewright.arms.v1",
@@ -123,7 +124,7 @@ def run_plan(plan: Plan, work: Path, about: str) -> Record:
 
 def _plain(arm: Arm) -> Record:
     """Return an arm as plain data."""
-    return json.loads(json.dumps(asdict(arm), default=str))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(asdict(arm), default=str))
 
 
 def _facts(arm: Arm) -> Record:
@@ -149,7 +150,7 @@ def _kept(path: Path, settings: Record, work: Callable[[], Record]) -> Record:
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
         if held["settings"] == json.loads(json.dumps(settings)):
-            return held["record"]  # type: ignore[no-any-return]
+            return held["record"]
     record = work()
     write_atomic(path, json.dumps({"settings": settings, "record": record}, indent=1))
     return record
