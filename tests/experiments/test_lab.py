@@ -15,7 +15,7 @@ from gatewright.data import Corpus
 from gatewright.experiments import balance, lab, rules_compared, steps
 from gatewright.experiments.lab import Arm, Plan
 from gatewright.experiments.lab_pages import lab_page, lab_pictures, mean_bits, ranked
-from gatewright.parts import all_routers
+from gatewright.parts import Capacity, all_routers
 from tests.training.runs import FixedText
 
 ARMS = (
@@ -169,6 +169,15 @@ def test_the_experiments_cover_every_rule_at_equal_width():
         quick = balance.quick_form(plan)
         assert quick.seeds == (0,)
         assert quick.steps * 8 == plan.steps
+
+
+def test_an_arm_looks_ahead_by_its_rule_or_by_its_capacity():
+    assert lab._facts(Arm("a", "expert_choice", 8, 2, 4)) == {"causal": False}
+    assert lab._facts(Arm("a", "gshard", 8, 2, 4)) == {"causal": False}
+    assert lab._facts(Arm("a", "gshard", 8, 2, 4, capacity=Capacity(1.0))) == {"causal": True}
+    assert lab._facts(Arm("a", "gshard", 8, 2, 4, capacity=Capacity(1.0, order="rank"))) == {"causal": False}
+    assert lab._facts(Arm("a", "expert_choice", 8, 2, 4, capacity=Capacity(1.0))) == {"causal": False}
+    assert lab._facts(Arm("a", None)) == {"causal": True}
 
 
 def seed(bits: float, violation: float, dropped: float) -> dict[str, Any]:

@@ -128,8 +128,13 @@ def _plain(arm: Arm) -> Record:
 
 
 def _facts(arm: Arm) -> Record:
-    """Return what a reader must know of the rule: whether its evaluation sees later tokens."""
-    return {"causal": arm.router is None or router_info(arm.router).causal_at_inference}
+    """Return what a reader must know of the rule: whether its evaluation keeps from later tokens."""
+    if arm.router is None:
+        return {"causal": True}
+    own = build_router(arm.router, 8, arm.num_experts, arm.num_selected, **arm.options).capacity
+    # Capacity by rank is what looks ahead; an arm that counts by position has put another in its place.
+    replaced = own is not None and arm.capacity is not None and arm.capacity.order == "position"
+    return {"causal": replaced or router_info(arm.router).causal_at_inference}
 
 
 def _active_flops(plan: Plan, arm: Arm, seeds: list[Record]) -> float:

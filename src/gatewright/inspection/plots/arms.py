@@ -45,7 +45,7 @@ def draw_arms(points: Sequence[Point], baseline: str, path: Path) -> None:
         axes.set_yticks(range(len(order)), [point[0] for point in order], fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="x")
-        axes.set_xlabel("bits per byte, dots are seeds (step time over the baseline's)")
+        axes.set_xlabel("bits per byte by seed (relative step time)")
         return figure
 
     image = render("arms", draw, alt="bits per byte of every arm", caption="")
