@@ -17,7 +17,7 @@ FAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def test_ranks_by_hand():
-    scores = torch.tensor([[0.25, 0.5, 0.25, 0.5], [-1.0, 0.0, -0.0, math.nan], [-2.0, -math.inf, 7.0, -1.0]])
+    scores = torch.tensor([[0.25, 0.5, 0.25, 0.5], [-1.0, -0.0, 0.0, math.nan], [-2.0, -math.inf, 7.0, -1.0]])
     # Equal scores in order of id; -0 equals 0; a NaN is the highest.
     assert rank_rows(scores).tolist() == [[1, 3, 0, 2], [3, 1, 2, 0], [2, 3, 0, 1]]
 

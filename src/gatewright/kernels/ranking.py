@@ -30,8 +30,10 @@ def rank_rows(scores: Float[Tensor, "T E"]) -> Int64[Tensor, "T E"]:
     wide = scores.float() + 0.0
     bits = wide.view(torch.int32)
     # As signed integers, floats of both signs now stand in order.
-    bits = torch.where(wide.isnan(), 2**31 - 1, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    keys = bits.bitwise_not_().long()
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if bool(wide.amax().isnan()):
+        order = torch.where(wide.isnan(), 2**31 - 1, order)
+    keys = order.bitwise_not_().long()
     keys <<= 32
     keys |= torch.arange(scores.shape[1])
     keys.numpy().sort(axis=-1)

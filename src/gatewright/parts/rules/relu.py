@@ -87,7 +87,8 @@ class ReLURouting(Float32State):
         # int32: summing booleans in int64 costs several times as much.
         counts = chosen.sum(dim=0, dtype=torch.int32).to(wide)
         share = self.num_experts / self.num_selected * counts / num_tokens
-        used = torch.where(chosen, scores, 0).to(wide).sum(dim=0)
+        # relu stops the gradient of the others as a mask does, at a fifth of the time.
+        used = (torch.relu(scores) if mask is None else torch.where(chosen, scores, 0)).to(wide).sum(dim=0)
         return self.penalty.to(wide) * (share * used).sum()
 
 
