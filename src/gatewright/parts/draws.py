@@ -84,7 +84,7 @@ def _draw(
     bits = _BITS[wide] if transform is None else _BITS[wide] - 1
     cell = 2.0**-bits
 
-    def numbers(begin: int, end: int) -> Tensor:
+    def numbers(begin: int, end: int) -> Float[Tensor, "N"]:
         x = _mix32(torch.arange(begin, end, dtype=torch.int32, device=device), start, step)
         x >>= 32 - bits
         u = x.to(wide)
