@@ -63,7 +63,7 @@ def bare_tensors(path: Path) -> list[str]:
 def test_public_functions_say_their_shapes(room: str):
     files = sorted((ROOT / "src" / "gatewright" / room).glob("*.py"))
     # Inside an autograd function torch calls with what it likes; the function around it says the shapes.
-    inner = {name: "forward" for name in ("grouped.py", "balancing.py", "native.py", "noise.py")}
+    inner = dict.fromkeys(("grouped.py", "balancing.py", "native.py", "noise.py"), "forward")
     bare = [line for path in files for line in bare_tensors(path) if inner.get(path.name) != line.split()[-1]]
     assert [line for line in bare if not line.endswith(" backward")] == []
 
