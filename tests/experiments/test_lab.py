@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gatewright.data import Corpus
-from gatewright.experiments import balance, lab, rules_compared, steps
+from gatewright.experiments import arms, balance, lab, rules_compared, steps
 from gatewright.experiments.lab import Arm, Plan
 from gatewright.experiments.lab_pages import lab_page, lab_pictures, mean_bits, ranked
 from gatewright.parts import Capacity, all_routers
@@ -166,7 +166,7 @@ def test_the_experiments_cover_every_rule_at_equal_width():
         assert len(set(names)) == len(names)
         assert plan.baseline in names
         json.dumps([lab._plain(arm) for arm in plan.arms])
-        quick = balance.quick_form(plan)
+        quick = arms.quick_form(plan)
         assert quick.seeds == (0,)
         assert quick.steps * 8 == plan.steps
 
@@ -190,11 +190,11 @@ def seed(bits: float, violation: float, dropped: float) -> dict[str, Any]:
     ids=["all of it", "worse quality", "less even", "drops more"],
 )
 def test_the_balance_verdict_asks_for_all_three(own: tuple[float, float, float], held: bool):
-    arms = {
+    both = {
         "none": {"causal": True, "seeds": [seed(2.1, 4.0, 0.3)]},
         "balance 0.01": {"causal": True, "seeds": [seed(*own)]},
     }
-    assert balance._verdict({"arms": arms})["held"] is held
+    assert balance._verdict({"arms": both})["held"] is held
 
 
 def test_the_comparison_s_verdict_names_who_does_not_beat_the_twin():

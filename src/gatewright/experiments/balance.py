@@ -7,10 +7,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from gatewright.experiments.lab import Arm, Plan, Record, run_plan
-from gatewright.experiments.lab_pages import lab_page, lab_pictures, ranked
+from gatewright.experiments.arms import run_arms
+from gatewright.experiments.lab import Arm, Plan, Record
+from gatewright.experiments.lab_pages import ranked
 from gatewright.parts import Capacity
-from gatewright.training.workplace import environment, now
 
 _COEFFICIENTS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 # Top 1 with the paper's capacity: what an uneven router loses is to be seen.
@@ -56,24 +56,8 @@ CLAIM = (
 
 def run_balance(work: Path, quick: bool) -> tuple[Record, str, dict[str, Path]]:
     """Return the record, its page and its pictures; quick: one seed, an eighth of the steps."""
-    plan = quick_form(PLAN) if quick else PLAN
-    record = run_plan(plan, work, "switch/balance")
-    record |= {"target": "switch/balance", "claim": CLAIM, "quick": quick}
-    record |= {"environment": environment("cpu"), "created": now()}
-    record["verdict"] = _verdict(record)
-    return record, lab_page(record, "Balance methods, Switch top 1"), lab_pictures(record, work)
-
-
-def quick_form(plan: Plan) -> Plan:
-    """Return the plan that takes minutes: seed 0, an eighth of the steps, less text to evaluate."""
-    return dataclasses.replace(
-        plan,
-        seeds=(0,),
-        steps=max(plan.steps // 8, 1),
-        warmup_steps=max(plan.warmup_steps // 4, 1),
-        eval_bytes=plan.eval_bytes // 4,
-        timing_rounds=3,
-    )
+    title = "Balance methods, Switch top 1"
+    return run_arms(PLAN, work, quick, "switch/balance", title, CLAIM, _verdict)
 
 
 def _verdict(record: Record) -> Record:

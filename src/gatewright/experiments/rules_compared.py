@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gatewright.experiments.balance import quick_form
-from gatewright.experiments.lab import Arm, Plan, Record, run_plan
-from gatewright.experiments.lab_pages import lab_page, lab_pictures, ranked
-from gatewright.training.workplace import environment, now
+from gatewright.experiments.arms import run_arms
+from gatewright.experiments.lab import Arm, Plan, Record
+from gatewright.experiments.lab_pages import ranked
 
 _BALANCE = {"balance": 1e-2}
 # Ten times the papers' 0.001: a bias must move within hundreds of steps here.
@@ -67,12 +66,8 @@ CLAIM = (
 
 def run_compare(work: Path, quick: bool) -> tuple[Record, str, dict[str, Path]]:
     """Return the record, its page and its pictures; quick: one seed, an eighth of the steps."""
-    plan = quick_form(PLAN) if quick else PLAN
-    record = run_plan(plan, work, "routers/compare")
-    record |= {"target": "routers/compare", "claim": CLAIM, "quick": quick}
-    record |= {"environment": environment("cpu"), "created": now()}
-    record["verdict"] = _verdict(record)
-    return record, lab_page(record, "Every rule at equal active FLOPs"), lab_pictures(record, work)
+    title = "Every rule at equal active FLOPs"
+    return run_arms(PLAN, work, quick, "routers/compare", title, CLAIM, _verdict)
 
 
 def _verdict(record: Record) -> Record:

@@ -30,7 +30,7 @@ def sqrt_softplus_scores(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
 
 
 def relu_scores(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """Return r = relu(logits), [T, E] -> [T, E]: zero is "not selected" (ReMoE, eq 4)."""
+    """Return r = relu(logits), [T, E] -> [T, E]: zero is "not selected" (ReMoE)."""
     return torch.relu(logits)
 
 

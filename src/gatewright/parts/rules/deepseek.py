@@ -65,7 +65,7 @@ register(
         losses=("balance", "device"),
         causal=True,
         used_by="DeepSeekMoE 2B, 16B",
-        source="DeepSeekMoE eq 9-11",
+        source="DeepSeekMoE (arXiv 2401.06066)",
         make=_make_deepseek_moe,
     )
 )
@@ -79,7 +79,7 @@ register(
         losses=("balance", "device", "communication"),
         causal=True,
         used_by="DeepSeek-V2's rule at any size: D and M are num_groups and groups_kept",
-        source="DeepSeek-V2 section 2.2.2",
+        source="DeepSeek-V2 (arXiv 2405.04434)",
         make=_make(_devices, 3, scores="softmax", group_score="max", weights="raw"),
     )
 )
@@ -93,7 +93,7 @@ register(
         losses=("balance", "device", "communication"),
         causal=True,
         used_by="DeepSeek-V2",
-        source="DeepSeek-V2 section 2.2",
+        source="DeepSeek-V2 (arXiv 2405.04434)",
         make=_make(_published_groups, 3, scores="softmax", group_score="max", weights="raw"),
     )
 )

@@ -15,8 +15,9 @@ from gatewright.parts.rules.token_choice import TokenChoice
 class Dense(TokenChoice):
     """The rule that drops nobody: token choice with K = E and raw softmax weights, which sum to 1.
 
-    Equation: y = sum_e p_e(x) FFN_e(x), p = softmax(W_r x) (Jacobs et al. 1991, section 2; Eigen et al. 2013,
-    eq 1). Every expert gets a gradient from every token, so no balance loss is needed to keep experts alive.
+    Equation: y = sum_e p_e(x) FFN_e(x), p = softmax(W_r x) (Jacobs et al. 1991). Every expert gets a gradient
+    from every token, so no balance loss is needed to keep experts alive.
+    Differs: the gates of Eigen et al. 2013 have a hidden layer.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -44,7 +45,7 @@ register(
         losses=(),
         causal=True,
         used_by="mixtures of local experts (1991), deep mixtures (2013)",
-        source="Jacobs et al. 1991, section 2; Eigen et al. 2013, eq 1",
+        source="Jacobs et al. 1991; Eigen et al. 2013",
         make=_make,
     )
 )

@@ -18,7 +18,7 @@ from gatewright.parts.rules.registry import RouterInfo, register
 class MixtureOfDepths:
     """One expert and the identity: in training the C tokens of highest logit r in their routing group pass.
 
-    Equation: Raposo et al. 2024, eq 1: y = r f(x) + x for the top C of the sequence, y = x for the others.
+    Equation: Raposo et al. 2024: y = r f(x) + x for the top C of the sequence, y = x for the others.
     The weight is r itself, as it is; "+ x" is the residual of the block around this layer, so that a layer
     must not add another. In evaluation a token passes where r > 0, which looks at no other token.
     `sums["depth"]`: binary cross-entropy of sigmoid(r) against "passed in the top C", summed over tokens,
@@ -83,7 +83,7 @@ register(
         causal=False,
         causal_in_eval=True,
         used_by="Mixture-of-Depths",
-        source="Raposo et al. 2024 eq 1 and section 3.5",
+        source="Raposo et al. 2024 (arXiv 2404.02258)",
         make=_make,
         fixed_selected=1,
     )

@@ -70,7 +70,7 @@ def hash_table(
 class HashRule(nn.Module):
     """Each token goes to the experts that a fixed table holds for its id.
 
-    Equation: Hash Layers eq 3: h_t = FFN_{hash(x_t)}(h_t), without a gate ("uniform": weight 1, for K > 1
+    Equation: Hash Layers: h_t = FFN_{hash(x_t)}(h_t), without a gate ("uniform": weight 1, for K > 1
     each 1 / K); released inference code of DeepSeek-V4 ("learned"): the table says which, a learned gate how
     much, w = scale * s[idx] / sum s[idx].
     Args: `table` [V, K] int64, K distinct experts per row; it is a persistent buffer, so a checkpoint
@@ -210,7 +210,7 @@ register(
         losses=(),
         causal=True,
         used_by="Hash Layers; first layers of DeepSeek-V4 (learned weights)",
-        source="Hash Layers eq 3",
+        source="Roller et al. 2021 (arXiv 2106.04426)",
         make=make_hash,
         needs_token_ids=True,
     )

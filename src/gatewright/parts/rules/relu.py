@@ -22,7 +22,7 @@ class ReLURouting(Float32State):
     """Every expert with a score above 0, at the score itself as weight; the number of experts per token
     varies, and the rule is continuous where an expert enters or leaves.
 
-    Equation: ReMoE eq 4: R(x) = relu(x W), y = sum_e R(x)_e E_e(x). Eq 10-11: L_reg,lb = 1 / (L T)
+    Equation: ReMoE: R(x) = relu(x W), y = sum_e R(x)_e E_e(x). Eq 10-11: L_reg,lb = 1 / (L T)
     sum_{l,t,e} f_{l,e} R(x_t^l)_e, with f_{l,e} = E / (k T) sum_t 1[R(x_t^l)_e > 0] (no gradient). Eq 7-8:
     the loss takes lambda L_reg,lb, and after each step lambda *= alpha^sign((1 - k/E) - S), S = share of
     zeros among the T E scores; lambda_0 = 1e-8, alpha = 1.2.
@@ -110,7 +110,7 @@ register(
         losses=("relu",),
         causal=True,
         used_by="ReMoE",
-        source="ReMoE eq 4, 7-11",
+        source="ReMoE eq 7-11",
         make=_make,
     )
 )

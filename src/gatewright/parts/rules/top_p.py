@@ -101,7 +101,7 @@ register(
         losses=("balance", "entropy"),
         causal=True,
         used_by="dynamic routing (2024)",
-        source="Huang et al. 2024, section 3",
+        source="Huang et al. 2024",
         make=_make,
     )
 )
