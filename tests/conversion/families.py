@@ -1,4 +1,4 @@
-"""Every class of experts in transformers that asks for an implementation, made small; and five whole models."""
+"""Every class of experts in transformers that asks for an implementation, made small; five whole models."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ _OF: dict[str, tuple[type, type, dict[str, Any]]] = {
     "deepseek_v3": (
         DeepseekV3ForCausalLM,
         DeepseekV3Config,
-        {"n_routed_experts": 6, "moe_intermediate_size": 12, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
-         "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
-         "qk_nope_head_dim": 4, "v_head_dim": 8},
+        {"n_routed_experts": 6, "moe_intermediate_size": 12, "n_group": 2, "topk_group": 1,
+         "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
+         "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
     ),
     "gpt_oss": (GptOssForCausalLM, GptOssConfig, {"num_local_experts": 5, "head_dim": 8}),
 }  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gatewright.conversion import NOT_COVERED, experts_forward, register_experts, use_in_transformers
-from gatewright.conversion.layouts import activation_of, copies_weights, stacked_weights
+from gatewright.conversion.layouts import activation_of, copies_weights, stacked_weights, their_weights
 from gatewright.errors import UserError
 from gatewright.kernels import BACKENDS, activate
 
@@ -84,7 +84,13 @@ def test_a_backend_without_their_activation_is_refused_with_the_reason(name: str
 
 @pytest.mark.parametrize(
     ("act", "ours"),
-    [("gelu", "geglu"), ("gelu_pytorch_tanh", None), ("silu", "swiglu"), ("relu", None), ("quick_gelu", None)],
+    [
+        ("gelu", "geglu"),
+        ("gelu_pytorch_tanh", None),
+        ("silu", "swiglu"),
+        ("relu", None),
+        ("quick_gelu", None),
+    ],
 )
 def test_an_activation_is_ours_only_where_the_numbers_are(act: str, ours: str | None):
     register_experts()
@@ -108,7 +114,7 @@ def test_without_a_gate(act: str, ours: str | None):
 def test_no_weight_is_copied_but_where_gate_and_up_stand_in_turn(family: str, name: str):
     experts = hf.experts_of(family, name)
     assert copies_weights(experts) == (name == "GptOssExperts")
-    weights = stacked_weights(experts, "swiglu")
+    weights = stacked_weights(experts, their_weights(experts), "swiglu")
     assert weights.w_down.data_ptr() == experts.down_proj.data_ptr()
     first = experts.gate_up_proj if experts.has_gate else experts.up_proj
     assert (weights.w_in.data_ptr() == first.data_ptr()) != copies_weights(experts)
@@ -150,5 +156,7 @@ def test_a_model_without_such_experts_is_refused(family: str, config: str, model
 def test_quantised_experts_are_refused():
     experts = hf.experts_of("mixtral", "MixtralExperts")
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(UserError, match="MixtralExperts holds gate_up_proj as torch.float8_e4m3fn; allowed"):
+    with pytest.raises(
+        UserError, match=r"MixtralExperts holds gate_up_proj as torch\.float8_e4m3fn; allowed"
+    ):
         experts_forward(experts, *hf.inputs())

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from gatewright.conversion.layouts import (
     TheirExperts,
+    Weights,
     activation_of,
     copies_weights,
-    raw_weights,
     stacked_weights,
+    their_weights,
 )
 from gatewright.errors import UserError
 from gatewright.kernels import DispatchPlan, choose_backend, expert_mlp
@@ -37,14 +38,15 @@ def experts_forward(
     Returns: the dtype of `hidden_states`; differentiable in it, in the weights of the sum and all parameters.
     """
     activation = own_or_ours(experts, backend)
-    plan = _plan(experts, top_k_index, top_k_weights, backend)
-    dtype = _compute_dtype(experts, hidden_states)
+    theirs = their_weights(experts)
+    plan = _plan(experts, top_k_index, top_k_weights, theirs.w_in.shape[0], backend)
+    dtype = _compute_dtype(theirs.w_in, hidden_states)
     x, wide = hidden_states.to(dtype), torch.promote_types(dtype, torch.float32)
     combine_weights = top_k_weights.to(wide)
     if activation is None:
-        y = _with_their_gate(experts, x, plan, combine_weights)
+        y = _with_their_gate(experts, theirs, x, plan, combine_weights)
     else:
-        weights = stacked_weights(experts, activation).in_dtype(dtype)
+        weights = stacked_weights(experts, theirs, activation).in_dtype(dtype)
         y = expert_mlp(x, plan, combine_weights, weights, backend)
     return y.to(hidden_states.dtype)
 
@@ -77,20 +79,20 @@ def _middle(experts: TheirExperts) -> str:
     return ", ".join(word for word in (gate, act, norm) if word)
 
 
-def _compute_dtype(experts: TheirExperts, x: Tensor) -> torch.dtype:
+def _compute_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
     """Return the dtype of the matmuls: autocast's, or else that of the weights."""
-    dtype = raw_weights(experts)[0].dtype
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (dtype, x.dtype):
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (weight.dtype, x.dtype):
         return torch.get_autocast_dtype(x.device.type)
-    return dtype
+    return weight.dtype
 
 
-def _plan(experts: TheirExperts, index: Tensor, weights: Tensor, backend: str | None) -> DispatchPlan:
+def _plan(
+    experts: TheirExperts, index: Tensor, weights: Tensor, num_experts: int, backend: str | None
+) -> DispatchPlan:
     """Return where the rows go. Shapes depend on no number where code is compiled, nor on an accelerator,
     which would have to be waited for.
     """
-    num_experts = raw_weights(experts)[0].shape[0]
-    index, looks = index.long(), index.is_cpu and not torch.compiler.is_compiling()
+    index, looks = index.long().contiguous(), index.is_cpu and not torch.compiler.is_compiling()
     if not looks or (index.numel() and _absent(experts, index, num_experts)):
         index = torch.where(index < num_experts, index, -1)
     plan = make_plan(Assignment(index, weights.detach(), num_experts), static=not looks)
@@ -111,15 +113,16 @@ def _absent(experts: TheirExperts, index: Tensor, num_experts: int) -> bool:
     return highest >= num_experts
 
 
-def _with_their_gate(experts: TheirExperts, x: Tensor, plan: DispatchPlan, combine_weights: Tensor) -> Tensor:
+def _with_their_gate(
+    experts: TheirExperts, theirs: Weights, x: Tensor, plan: DispatchPlan, combine_weights: Tensor
+) -> Tensor:
     """Return y [T, D]: two linear maps by expert, and between them what the experts themselves compute."""
-    w_in, w_down, b_in, b_down = raw_weights(experts)
     held = None
     if not plan.all_kept:
         held = (torch.arange(plan.token_ids.shape[0], device=x.device) < plan.counts.sum()).unsqueeze(-1)
-    pre = _linear(x.index_select(0, plan.token_ids), w_in, b_in, plan, held)
+    pre = _linear(x.index_select(0, plan.token_ids), theirs.w_in, theirs.b_in, plan, held)
     hidden = experts._apply_gate(pre) if experts.has_gate else experts.act_fn(pre)
-    out = _linear(hidden.to(x.dtype), w_down, b_down, plan, held)
+    out = _linear(hidden.to(x.dtype), theirs.w_down, theirs.b_down, plan, held)
     if experts.has_post_expert_norm:
         out = experts.post_expert_norm(out)
     return _combine(out, plan, combine_weights).to(x.dtype)

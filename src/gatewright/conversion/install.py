@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from gatewright.conversion.experts import experts_forward, own_or_ours
-from gatewright.conversion.layouts import copies_weights, raw_weights
+from gatewright.conversion.layouts import copies_weights, their_weights
 from gatewright.errors import UserError
 from gatewright.kernels import BACKENDS, choose_backend
 
@@ -100,7 +100,7 @@ def _dispatches(module: nn.Module) -> bool:
 
 def _place(name: str, module: Any, backend: str | None) -> Placed:
     """Return how one module of experts is computed. Raises: UserError where it cannot be."""
-    raw_weights(module)
+    their_weights(module)
     activation = own_or_ours(module, backend)
     copies = activation is not None and copies_weights(module)
     return Placed(name, type(module).__name__, activation, copies)

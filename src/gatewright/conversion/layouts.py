@@ -13,7 +13,7 @@ transformers marks each class of experts with five flags; what they mean here:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,15 @@ _CLAMPED = (
     "transformers.models.openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts",
 )
 _ALPHA, _LIMIT = 1.702, 7.0
+
+
+class Weights(NamedTuple):
+    """w_in [E, H, D], w_down [E, D, F], and where there are any b_in [E, H] and b_down [E, D]."""
+
+    w_in: Tensor
+    w_down: Tensor
+    b_in: Tensor | None
+    b_down: Tensor | None
 
 
 def activation_of(experts: TheirExperts) -> str | None:
@@ -64,20 +73,19 @@ def _is(act: Any, names: tuple[Any, ...]) -> bool:
 
 
 def copies_weights(experts: TheirExperts) -> bool:
-    """Return whether `stacked_weights` has to copy the first matrix, because gate and up stand in turn."""
+    """Return whether `stacked_weights` has to copy the first matrix: where gate and up stand
+    in turn."""
     return bool(experts.has_gate and not experts.is_concatenated)
 
 
-def _halves(experts: TheirExperts, weight: Tensor) -> Tensor:
-    """Return a weight or bias whose last axis holds gate and up with the gate half first."""
-    if not copies_weights(experts):
-        return weight
-    return torch.cat([weight[..., ::2], weight[..., 1::2]], dim=-1)
+def _halves(mixed: Tensor) -> Tensor:
+    """Return a copy with the gate half first of a last axis where gate and up stand in turn."""
+    return torch.cat([mixed[..., ::2], mixed[..., 1::2]], dim=-1)
 
 
-def raw_weights(experts: TheirExperts) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return (w_in [E, H, D], w_down [E, D, F], b_in [E, H], b_down [E, D]) as views, H in the experts' own
-    order.
+def their_weights(experts: TheirExperts) -> Weights:
+    """Return the weights as views of the shapes that `ExpertWeights` has, H in the experts' own order. Reads
+    each parameter once: an adapter computes it anew each time.
 
     Raises: UserError where they are quantised.
     """
@@ -92,16 +100,16 @@ def raw_weights(experts: TheirExperts) -> tuple[Tensor, Tensor, Tensor | None, T
     if experts.is_transposed:
         w_in, w_down = w_in.mT, w_down.mT
     if not experts.has_bias:
-        return w_in, w_down, None, None
-    return w_in, w_down, getattr(experts, f"{first}_bias"), experts.down_proj_bias
+        return Weights(w_in, w_down, None, None)
+    return Weights(w_in, w_down, getattr(experts, f"{first}_bias"), experts.down_proj_bias)
 
 
-def stacked_weights(experts: TheirExperts, activation: str) -> ExpertWeights:
-    """Return the experts' weights as views in this toolkit's layout; where `copies_weights`, the first
-    matrix and bias are copies, through which gradients reach the parameters.
+def stacked_weights(experts: TheirExperts, theirs: Weights, activation: str) -> ExpertWeights:
+    """Return the weights in this toolkit's layout: views, but where `copies_weights` the first matrix and
+    bias, which are copies through which gradients reach the parameters.
     """
-    w_in, w_down, b_in, b_down = raw_weights(experts)
+    w_in, w_down, b_in, b_down = theirs
     if copies_weights(experts):
-        w_in = _halves(experts, w_in.mT).mT
-        b_in = None if b_in is None else _halves(experts, b_in)
+        w_in = _halves(w_in.mT).mT
+        b_in = None if b_in is None else _halves(b_in)
     return ExpertWeights(w_in, w_down, activation, b_in, b_down)
