@@ -141,7 +141,8 @@ def token_ids() -> Tensor:
 def outcome(model: Any, **more: Any) -> dict[str, Tensor]:
     """Return logits and the gradient of every parameter of the language model's loss, by name."""
     model.zero_grad()
-    found = model(token_ids(), labels=token_ids(), **more)
+    ids = token_ids().to(model.device)
+    found = model(ids, labels=ids, **more)
     found.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": found.logits.detach(), **grads}

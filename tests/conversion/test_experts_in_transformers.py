@@ -123,3 +123,17 @@ def test_a_backend_that_is_unknown_is_refused_and_the_model_left_as_it_was():
     with pytest.raises(UserError, match=r"backend 'gruoped' is unknown; did you mean 'grouped'\?"):
         use_in_transformers(model, "gruoped")
     assert model.config._experts_implementation == "eager"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_family
+def test_a_gpu_gives_the_same_numbers(family: str):
+    model = hf.whole_model(family)
+    expected = hf.outcome(model)
+    model.cuda()
+    for backend in (None, *BACKENDS):
+        use_in_transformers(model, backend)
+        found = {name: value.cpu() for name, value in hf.outcome(model).items()}
+        error, name = hf.furthest(found, expected)
+        assert error < 1e-4, f"{backend}: {name}"

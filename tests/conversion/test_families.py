@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -127,6 +130,25 @@ def test_every_family_is_covered_or_listed_with_its_reason():
     # Bamba's file counts experts once, and has none.
     assert hf.families_without() - {"bamba"} == set(NOT_COVERED)
     assert all(len(reason) > 20 for reason in NOT_COVERED.values())
+
+
+def test_the_page_lists_them_all():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    listed = {row[1]: row[0] for row in rows if row[1].startswith("`")}
+    own = {family for family, name in CLASSES if name in ACTIVATIONS and not ACTIVATIONS[name]}
+    clamped = {family for family, name in CLASSES if ACTIVATIONS.get(name)} - {"gpt_oss"}
+    groups = [set(re.findall("`(\\w+)`", families)) for families in listed]
+    assert groups == [
+        {family for family, _ in CLASSES} - own - clamped - {"gpt_oss"},
+        clamped,
+        {"gpt_oss"},
+        own,
+    ]
+    assert f"{len(CLASSES)} classes of experts in {len({family for family, _ in CLASSES})} families" in page
+    assert {
+        row[0].strip("|` "): row[1].rstrip("| ") for row in rows if len(row) == 2 and "`" in row[0]
+    } == NOT_COVERED
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gatewright.kernels import rows as rows_module
 from gatewright.kernels.linear import linear_by_group
+from gatewright.kernels.rows import aligned
 from tests.kernels.plans import draw_inputs, draw_weights, plan_of
 
 COUNTS = torch.tensor([3, 0, 4, 1])
@@ -97,3 +99,31 @@ def test_compilers_are_told_the_strides_of_the_linear_map(transposed: bool, widt
         (ops.linear_by_group_backward.default, (grad, rows, weights, COUNTS, True, True)),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU, as far as the choice of matmuls asks."""
+
+    is_cpu, is_cuda, device = False, True, torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("capable", [False, True])
+def test_a_gpu_is_given_what_its_documentation_names(monkeypatch: pytest.MonkeyPatch, capable: bool):
+    monkeypatch.setattr(rows_module, "_capable", lambda device: capable)
+
+    def there(dtype: torch.dtype, start: int = 0) -> Tensor:
+        return torch.zeros(7 * 16 + start, dtype=dtype)[start:].view(7, 16).as_subclass(OnGpu)
+
+    assert aligned(there(torch.bfloat16)) == capable
+    assert not aligned(there(torch.bfloat16, 1))
+    assert not aligned(there(torch.bfloat16), there(torch.bfloat16)[:, :12])
+    assert not aligned(there(torch.float32))
+    assert not aligned(there(torch.float16))
+    assert not aligned(torch.zeros(7, 16, dtype=torch.bfloat16, device="meta"))
+
+
+def test_rows_that_start_apart_by_other_than_16_bytes_go_to_the_loop():
+    wide = torch.randn(7, 10)
+    assert aligned(wide[:, :8].contiguous())
+    assert not aligned(wide[:, :8])
+    assert not aligned(torch.randn(8, 8).t()[:, ::2])

@@ -23,7 +23,7 @@ NOT_COVERED = {
     "doge": "each expert is one row of an embedding, retrieved by products of keys",
     "jetmoe": "experts of attention and of the MLP share a sorted layout of their own",
     "llama4": "the weight multiplies the input, outside: every expert gets every token, without an index",
-    "longcat_flash": "identity experts stand among the others, in a list of modules",
+    "longcat_flash": "identity experts stand among the others, in a loop of the class's own",
     "nllb_moe": "experts are a dictionary of modules, called through a mask with capacity",
     "step3p7": "stacked as usual, but the class does not ask transformers for an implementation",
     "switch_transformers": "experts are a dictionary of modules, called through a mask with capacity",
