@@ -103,6 +103,18 @@ def test_an_activation_is_ours_only_where_the_numbers_are(act: str, ours: str | 
     assert hf.furthest(hf.results(named(experts, None), *hf.inputs()), expected)[0] < 1e-5
 
 
+def test_torch_s_gelu_is_ours_only_where_it_is_exact():
+    experts = hf.experts_of("mixtral", "MixtralExperts")
+    for act, ours in (
+        (nn.GELU(), "geglu"),
+        (nn.GELU("tanh"), None),
+        (nn.functional.gelu, "geglu"),
+        (torch.tanh, None),
+    ):
+        experts.act_fn = act
+        assert activation_of(experts) == ours
+
+
 @pytest.mark.parametrize(("act", "ours"), [("relu", "relu"), ("gelu", "gelu"), ("silu", None)])
 def test_without_a_gate(act: str, ours: str | None):
     register_experts()
