@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -151,5 +152,10 @@ def outcome(model: Any, **more: Any) -> dict[str, Tensor]:
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, str]:
     """Return the largest difference, relative to the largest number of its tensor, and where it is."""
     assert one.keys() == other.keys()
-    pairs = ((one[name].double(), wanted.double(), name) for name, wanted in other.items())
-    return max(((a - b).abs().max().item() / max(b.abs().max().item(), 1e-30), name) for a, b, name in pairs)
+    found = []
+    for name, wanted in other.items():
+        error = (one[name].double() - wanted.double()).abs().max().item()
+        # A NaN is neither larger nor smaller than anything.
+        error = error if math.isfinite(error) else math.inf
+        found.append((error / max(wanted.abs().max().item(), 1e-30), name))
+    return max(found)

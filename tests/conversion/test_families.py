@@ -111,6 +111,7 @@ def test_torch_s_gelu_is_ours_only_where_it_is_exact():
         (nn.functional.gelu, "geglu"),
         (torch.tanh, None),
     ):
+        del experts.act_fn
         experts.act_fn = act
         assert activation_of(experts) == ours
 
