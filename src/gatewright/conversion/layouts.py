@@ -73,8 +73,7 @@ def _is(act: Any, names: tuple[Any, ...]) -> bool:
 
 
 def copies_weights(experts: TheirExperts) -> bool:
-    """Return whether `stacked_weights` has to copy the first matrix: where gate and up stand
-    in turn."""
+    """Return whether `stacked_weights` has to copy the first matrix: where gate and up stand in turn."""
     return bool(experts.has_gate and not experts.is_concatenated)
 
 

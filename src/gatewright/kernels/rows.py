@@ -25,9 +25,10 @@ def aligned(*tensors: Float[Tensor, "..."]) -> bool:
 
 def _row_aligned(t: Tensor) -> bool:
     """Return whether rows are dense and start 16 bytes apart, or a multiple of it."""
-    if t.shape[-1] * t.element_size() % 16 or (t.shape[-1] > 1 and t.stride(-1) != 1):
+    step = 16 // t.element_size()
+    if t.shape[-1] % step or t.stride(-1) != 1:
         return False
-    return t.dim() < 2 or t.stride(-2) * t.element_size() % 16 == 0
+    return t.dim() < 2 or t.stride(-2) % step == 0
 
 
 def _device_takes(t: Tensor) -> bool:
