@@ -103,15 +103,16 @@ def test_variants_where_grouped_matmuls_run(backend: str, side: str, dtype: torc
 def test_biases_by_hand(backend: str):
     # One token x = 2 through experts with w_in 1, w_down 3 and ReLU. Expert 0: b_in 1, b_down 10 gives
     # 3 (2 + 1) + 10 = 19; expert 1: b_in -5, b_down 4 gives 3 * 0 + 4 = 4. y = 0.5 * 19 + 0.25 * 4 = 10.5.
+    # Expert 2 gets nothing: where every token meets all experts, `everyone` computes them.
     weights = ExpertWeights(
-        torch.ones(2, 1, 1), torch.full((2, 1, 1), 3.0), "relu",
-        torch.tensor([[1.0], [-5.0]]), torch.tensor([[10.0], [4.0]]).requires_grad_(),
+        torch.ones(3, 1, 1), torch.full((3, 1, 1), 3.0), "relu",
+        torch.tensor([[1.0], [-5.0], [9.0]]), torch.tensor([[10.0], [4.0], [9.0]]).requires_grad_(),
     )  # fmt: skip
     combine = torch.tensor([[0.5, 0.25]])
-    y = expert_mlp(torch.tensor([[2.0]]), plan_of([[0, 1]], 2), combine, weights, backend)
+    y = expert_mlp(torch.tensor([[2.0]]), plan_of([[0, 1]], 3), combine, weights, backend)
     assert y.item() == 10.5
     (grad,) = torch.autograd.grad(y, weights.b_down)
-    assert grad.tolist() == [[0.5], [0.25]]
+    assert grad.tolist() == [[0.5], [0.25], [0.0]]
 
 
 @each_backend
