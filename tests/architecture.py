@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": LOW,
     "inspection": LOW | {"evaluation"},
     "training": LOW | {"evaluation", "inspection", "parallel"},
+    "measuring": LOW | {"inspection", "training"},
     "generation": LOW | {"evaluation", "training"},
     "experiments": LOW | {"evaluation", "inspection", "training", "parallel", "conversion", "generation"},
     "doctor": LOW,
@@ -34,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "conversion",
         "generation",
         "experiments",
+        "measuring",
         "doctor",
     },
 }
