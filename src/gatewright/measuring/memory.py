@@ -16,6 +16,7 @@ import torch
 
 from gatewright.errors import UserError
 from gatewright.measuring.grid import DTYPES, Cell, Shape
+from gatewright.measuring.rounds import Turn
 from gatewright.measuring.sides import build_sides
 from gatewright.training.allocator import return_big_blocks
 
@@ -49,23 +50,25 @@ def peaks_here(cell: Cell, name: str, backend: str | None, threads: int) -> list
     torch.set_num_threads(threads)
     # Blocks that are freed leave the process at once, so that its pages are those of live tensors.
     return_big_blocks()
-    few = Shape(64, *cell.shape[1:])
-    _grown(cell._replace(shape=few), name, backend, calls=1)  # libraries allocate on first use
-    return _grown(cell, name, backend, CALLS)
+    for shape, calls in ((Shape(64, *cell.shape[1:]), 1), (cell.shape, CALLS)):
+        # The small call comes first: libraries allocate on first use.
+        (side,) = build_sides(cell._replace(shape=shape), backend, [name]).values()
+        x, grad = torch.randn(2, shape.tokens, shape.width).to(DTYPES[cell.dtype])
+        x = x.clone().requires_grad_()
+        found = growth(side.turn(x, grad, "forward-backward", keep_gradients=False), calls)
+    return found
 
 
-def _grown(cell: Cell, name: str, backend: str | None, calls: int) -> list[int]:
-    (side,) = build_sides(cell, backend, [name]).values()
-    x, grad = torch.randn(2, cell.shape.tokens, cell.shape.width).to(DTYPES[cell.dtype])
-    call, clear = side.turn(x.clone().requires_grad_(), grad, "forward-backward", keep_gradients=False)
+def growth(turn: Turn, calls: int) -> list[int]:
+    """Return the bytes that this process comes to hold during each call, at its peak, beyond those before."""
     grown = []
     for _ in range(calls):
         gc.collect()
         _RESET.write_text("5")
         before = _kilobytes("VmRSS")
-        call()
+        turn.call()
         grown.append(1024 * max(_kilobytes("VmHWM") - before, 0))
-        clear()
+        turn.clear()
     return grown
 
 

@@ -21,6 +21,6 @@ def draw_pictures(rows: Sequence[Row], out: Path) -> list[Path]:
             lines.append((row["name"], {name: tuple(of.values()) for name, of in found.items() if of}))
         path = out / f"layer-{dtype}-{kind}.png"
         title = f"{kind.replace('-', ' and ')}, {dtype}"
-        draw_ratios(lines, title, "time over the best dense layer of equal active FLOPs", path)
+        draw_ratios(lines, title, "time over the best dense layer's", path)
         written.append(path)
     return written

@@ -10,9 +10,10 @@ from gatewright.errors import RunFailure
 from gatewright.measuring.record import Row
 
 SCHEMA = "gatewright.bench.layer.v2"
+NAMED = 3  # refused rows that the line of an error spells out
 COLUMNS = (
     f"{'tokens':>7}{'D':>5}{'F':>6}{'E':>5}{'K':>3}  {'dtype':6}{'pass':18}{'ours':>9}"
-    f"{'/ best dense':>22}{'/ transformers best':>22}{'/ roofline':>12}{'/ fewest experts':>24}"
+    f"{'/ best dense':>22}{'/ transformers best':>22}{'/ roofline':>12}{'/ fewest experts':>26}"
 )
 
 
@@ -32,9 +33,10 @@ class BenchResult:
         rows = self.record["rows"]
         refused = [row for row in rows if row["refused"]]
         if refused:
-            names = ", ".join(f"{row['name']} {row['dtype']} {row['pass']}" for row in refused)
+            names = [f"{row['name']} {row['dtype']} {row['pass']}" for row in refused]
+            told = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
             raise RunFailure(
-                f"{len(refused)} of {len(rows)} rows refused, the dense side alone spread too much: {names}; "
+                f"{len(refused)} of {len(rows)} rows refused, the dense side alone spread too much: {told}; "
                 "run again with --resume on a quiet machine; the other rows are kept"
             )
 
@@ -84,7 +86,7 @@ def table_row(row: Row) -> str:
     )
     return (
         f"{head}{ours:6.1f} ms{ratio_text(ratios['dense']):>22}{ratio_text(ratios['transformers']):>22}"
-        f"{ratios['roofline']['median']:12.2f}{few:>24}"
+        f"{ratios['roofline']['median']:12.2f}{few:>26}"
     )
 
 

@@ -35,11 +35,11 @@ def geometric_means(rows: Sequence[Row]) -> list[Row]:
         used = quiet(members)
         entry: Row = {"dtype": dtype, "pass": kind, "rows": len(used), "refused": len(members) - len(used)}
         for name in ("dense", "transformers", "transformers_over_dense", "roofline"):
-            medians = {row["name"]: row["ratios"][name]["median"] for row in used if row["ratios"][name]}
-            entry[name] = geometric_mean(list(medians.values())) if medians else None
+            medians = [(row["ratios"][name]["median"], row["name"]) for row in used if row["ratios"][name]]
+            entry[name] = geometric_mean([median for median, _ in medians]) if medians else None
             if name in ("dense", "transformers"):
-                worst = max(medians, key=lambda row: medians[row], default=None)
-                entry[f"worst_{name}"] = worst and {"name": worst, "ratio": medians[worst]}
+                ratio, where = max(medians, default=(None, None))
+                entry[f"worst_{name}"] = where and {"name": where, "ratio": ratio}
         found.append(entry)
     return found
 

@@ -38,7 +38,7 @@ def draw_ratios(lines: Sequence[Line], title: str, axis: str, path: Path) -> Non
         axes.minorticks_off()
         axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=8)
         axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
+        axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.grid(axis="x")
         axes.set_title(title)
         axes.set_xlabel(axis, fontsize=8.5)
