@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gatewright
 from gatewright.errors import RunFailure
 from gatewright.kernels import choose_backend
 from gatewright.measuring.grid import Cell
@@ -31,7 +30,7 @@ def settings_of(run: BenchRun, warm_ups: int) -> dict[str, Any]:
         "gradients": "set to zero in place" if run.keep_gradients else "given up",
         "backend": choose_backend(run.backend)[0],
         "transformers": transformers_version(),
-        "code": code_version(Path(gatewright.__file__).parent),
+        "code": code_version(Path(__file__).parents[1]),
         "environment": environment("cpu"),
     }
 

@@ -79,7 +79,7 @@ def measure_cell(cell: Cell, run: BenchRun, machine: Machine) -> Row:
         x, grad = torch.randn(2, cell.shape.tokens, cell.shape.width).to(DTYPES[cell.dtype])
     x = x.clone().requires_grad_()
     turns = {name: side.turn(x, grad, cell.kind, run.keep_gradients) for name, side in sides.items()}
-    slow = too_slow({name: time_rounds({name: turn}, WARM_UPS)[name] for name, turn in turns.items()})
+    slow = too_slow(time_rounds(turns, WARM_UPS))
     seconds = time_rounds({name: turn for name, turn in turns.items() if name not in slow}, run.rounds)
 
     def roofline(shape: Shape) -> float:
