@@ -73,11 +73,11 @@ def test_a_process_that_dies_is_no_figure(monkeypatch):
 def test_memory_is_asked_of_each_side_and_only_with_the_backward_pass(monkeypatch, tmp_path):
     asked: list[str] = []
     monkeypatch.setattr(layer, "measure_machine", lambda dtypes, rounds: None)
-    monkeypatch.setattr(layer, "_record", lambda *_: {})
+    monkeypatch.setattr(layer, "_record", lambda *_: {"rows": []})
     monkeypatch.setattr(layer, "draw_pictures", lambda *_: [])
     monkeypatch.setattr(layer, "check_memory_can_be_measured", lambda: None)
     monkeypatch.setattr(layer, "measure_cell", lambda *_: {"memory": None, "refused": "busy"})
-    monkeypatch.setattr(layer, "peak_memory", lambda cell, name, *_: asked.append(name))
+    monkeypatch.setattr(layer, "peak_memory", lambda cell, name, *_: asked.append(name) or 1)
     run = BenchRun(rows=("16384x128x256x64x2",), dtypes=("fp32",), memory=True, out=str(tmp_path))
     layer.bench_layer(run, str)
     # batched_mm would copy 12 GiB of weights.

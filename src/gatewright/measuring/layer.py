@@ -14,7 +14,7 @@ from gatewright.measuring.held import digest_of, held_rows, place_of, same_cell,
 from gatewright.measuring.memory import check_memory_can_be_measured, peak_memory
 from gatewright.measuring.pictures import draw_pictures
 from gatewright.measuring.record import Row, row_record
-from gatewright.measuring.result import SCHEMA, BenchResult
+from gatewright.measuring.result import SCHEMA, BenchResult, memory_text
 from gatewright.measuring.rivals import IMPLEMENTATIONS, too_large, transformers_version
 from gatewright.measuring.roofline import Machine, measure_machine, roofline_seconds
 from gatewright.measuring.rounds import time_rounds
@@ -50,20 +50,27 @@ def bench_layer(run: BenchRun, say: Callable[[str], None] | None = None) -> Benc
             say("transformers is not installed, its sides are left out; pip install 'gatewright[hf]'")
         machine = measure_machine(run.dtypes, run.rounds)
         done: list[Row] = []
+
+        def write() -> dict[str, Any]:
+            # Rows of an earlier result that were not asked for, or not yet, stay behind the new ones.
+            record = _record(run, settings, machine, [*done, *held.values()])
+            write_atomic(path, json.dumps(record, indent=1) + "\n")
+            return record
+
         for number, cell in enumerate(cells, 1):
             row = held.pop(place_of(cell), None)
             kept = row is not None and same_cell(row, cell)
             if row is None or not kept:
                 row = {**measure_cell(cell, run, machine), "settings": digest, "created": now()}
-            if run.memory and cell.kind == "forward-backward" and not row["memory"]:
-                row["memory"] = measure_memory(cell, run)
             done.append(row)
             say(f"{number}/{len(cells)} {' '.join(place_of(cell))}: {_told(row)}{' (kept)' * kept}")
-            # Rows of an earlier result that were not asked for, or not yet, stay behind the new ones.
-            rows = [*done, *held.values()]
-            record = _record(run, settings, machine, rows)
-            write_atomic(path, json.dumps(record, indent=1) + "\n")
-        pictures = draw_pictures(rows, out)
+            record = write()
+        for cell, row in zip(cells, done, strict=True):
+            if run.memory and cell.kind == "forward-backward" and not row["memory"]:
+                row["memory"] = measure_memory(cell, run)
+                say(f"memory {' '.join(place_of(cell))}: {memory_text(row['memory'])}")
+                record = write()
+        pictures = draw_pictures(record["rows"], out)
     return BenchResult(record, (str(path), *map(str, pictures)))
 
 

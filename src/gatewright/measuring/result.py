@@ -104,15 +104,17 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
 
 
 def _memory(rows: Sequence[Row]) -> list[str]:
-    lines = []
-    for row in rows:
-        if row["memory"]:
-            shown = [
-                f"{side} {'died' if taken is None else f'{taken / (1 << 20):.0f} MiB'}"
-                for side, taken in row["memory"].items()
-            ]
-            lines.append(f"peak memory {row['name']} {row['dtype']}: {', '.join(shown)}")
+    measured = [row for row in rows if row["memory"]]
+    lines = [f"peak memory {row['name']} {row['dtype']}: {memory_text(row['memory'])}" for row in measured]
     return [*lines, ""] if lines else []
+
+
+def memory_text(memory: Mapping[str, int | None]) -> str:
+    """Return each side's peak memory in words."""
+    told = {
+        side: "died" if taken is None else f"{taken / (1 << 20):.0f} MiB" for side, taken in memory.items()
+    }
+    return ", ".join(f"{side} {words}" for side, words in told.items())
 
 
 def mean_line(entry: Row) -> str:
