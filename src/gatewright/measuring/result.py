@@ -8,6 +8,7 @@ from typing import Any
 
 from gatewright.errors import RunFailure
 from gatewright.measuring.record import Row
+from gatewright.measuring.summary import counted
 
 SCHEMA = "gatewright.bench.layer.v2"
 NAMED = 3  # refused rows that the line of an error spells out
@@ -126,8 +127,7 @@ def mean_line(entry: Row) -> str:
         "roofline": "ours / roofline",
     }
     shown = [f"{told} {entry[name]:.2f}" for name, told in words.items() if entry[name] is not None]
-    rows = f"{entry['rows']} rows" + (f", {entry['refused']} refused" if entry["refused"] else "")
-    return f"  {entry['dtype']} {entry['pass']} ({rows}): {', '.join(shown) or 'nothing measured'}"
+    return f"  {entry['dtype']} {entry['pass']} ({counted(entry)}): {', '.join(shown) or 'nothing measured'}"
 
 
 def goal_line(goal: Row) -> str:

@@ -75,7 +75,7 @@ def goals(rows: Sequence[Row]) -> list[Row]:
     found: list[Row] = []
     for entry in geometric_means(rows):
         of = {"dtype": entry["dtype"], "pass": entry["pass"]}
-        some = f" over {entry['rows']} rows" + (f" ({entry['refused']} refused)" if entry["refused"] else "")
+        some = f" over {counted(entry)}"
         words = f"geometric mean at most {OVER_DENSE} times the best dense side"
         found.append(of | _goal(words, entry["dense"], OVER_DENSE, some))
         worst = entry["worst_dense"] or {"name": "", "ratio": None}
@@ -91,6 +91,12 @@ def goals(rows: Sequence[Row]) -> list[Row]:
             if (cost["dtype"], cost["pass"]) == (of["dtype"], of["pass"]) and is_wide_range(cost)
         ]
     return [*found, *memory_goals(rows)]
+
+
+def counted(entry: Row) -> str:
+    """Return how many rows a mean is over, in words."""
+    rows = f"{entry['rows']} row{'' if entry['rows'] == 1 else 's'}"
+    return rows + (f", {entry['refused']} refused" if entry["refused"] else "")
 
 
 def _goal(words: str, figure: float | None, limit: float, told: str) -> Row:
