@@ -124,7 +124,7 @@ def make_plan(
         rows = _stable_order(keys, assignment.num_experts)
         found = (rows if static else rows[: int(counts.sum())]), counts
     rows, counts = found
-    slots = torch.full_like(assignment.experts, -1).view(-1)
+    slots = torch.full(assignment.experts.shape, -1, device=rows.device).view(-1)
     row = torch.arange(rows.shape[0], device=rows.device)
     slots.scatter_(0, rows, torch.where(row < counts.sum(), row, -1) if static else row)
     bound = capacity if isinstance(capacity, int) else most
