@@ -1,3 +1,4 @@
+// Matmuls of blocks: torch's generated kernels, or loops; and the packing that they want.
 #include "blocks.h"
 
 #include <ATen/native/CPUBlas.h>

@@ -1,3 +1,4 @@
+// Checks before anything is read, the tasks that rows fall into, and combining.
 #include "experts.h"
 
 #include <c10/util/Exception.h>

@@ -1,3 +1,4 @@
+// The pool of freed blocks behind every result and buffer.
 #include "pool.h"
 
 #include <ATen/ops/empty.h>
