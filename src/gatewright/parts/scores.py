@@ -59,6 +59,12 @@ def score_function(scores: str | ScoreFunction) -> ScoreFunction:
     return SCORES[scores]
 
 
+def native_name(function: ScoreFunction) -> str | None:
+    """Return how `kernels.fused_route` calls a score function, None for those that it does not have."""
+    known = {softmax_scores: "softmax", sigmoid_scores: "sigmoid", identity_scores: "identity"}
+    return known.get(function)
+
+
 def probabilities(
     function: ScoreFunction, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"]
 ) -> Float[Tensor, "T E"]:
