@@ -1,6 +1,5 @@
 #include "route.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -143,7 +142,7 @@ at::Tensor route_backward(const Maybe& of_weights, const Maybe& of_score_sums, c
   const Incoming grad{pointer(of_weights, {r.T, r.K}, "gradient of weights"),
                       pointer(of_score_sums, {groups_of(r), r.E}, "gradient of score sums"), plain ? *plain : 0.0f,
                       square ? *square : 0.0f, plain || square};
-  at::Tensor out = at::empty({r.T, r.E}, logits.options());
+  at::Tensor out = pooled_empty({r.T, r.E}, at::kFloat);
   float* grads = out.mutable_data_ptr<float>();
   const auto segments = segments_of(r);
   const int threads = threads_for(segments.size());
