@@ -167,22 +167,23 @@ def test_the_balance_loss_reaches_every_score():
     torch.testing.assert_close(logits.grad, torch.tensor([[3 / 16, -3 / 16]]))
 
 
-def test_a_layer_is_that_of_the_oracle():
-    torch.manual_seed(0)
-    layer = MoELayer(6, 5, 2, 4)
-    x = torch.randn(9, 6)
-    y, stats = layer(x, capture=True)
-    record = stats["router"]
-    rows = (x @ layer.router.weight.T).tolist()
-    for t, row in enumerate(rows):
-        powers = [math.exp(one - max(row)) for one in row]
-        ranked = sorted(range(5), key=lambda e: (-powers[e], e))[:2]
-        assert record.experts[t].tolist() == ranked
-        whole = sum(powers[e] for e in ranked)
-        assert record.combine_weights[t].tolist() == pytest.approx([powers[e] / whole for e in ranked])
-    torch.testing.assert_close(record.scores, torch.softmax(record.logits, dim=-1))
-    assert oracle is not None
-    assert y.shape == x.shape
+@pytest.mark.parametrize("form", ["raw", "renormalised", "softmax_selected"])
+def test_rows_are_those_of_the_oracle(form: str):
+    logits = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    logits[::3] = logits[::3].round()
+    found = fused_route(logits, "softmax", TopK(3, form))
+    totals, squares = torch.zeros(7).double(), 0.0
+    for t, row in enumerate(logits.double()):
+        one = list(row.unbind())
+        scores = oracle.softmax(one)
+        chosen = oracle.best(scores, 3)
+        assert found.experts[t].tolist() == chosen
+        expected = torch.stack(oracle.gates(one, chosen, form))
+        torch.testing.assert_close(found.weights[t].double(), expected, rtol=1e-6, atol=1e-6)
+        totals += torch.stack(scores)
+        squares += float(oracle.log_sum_exp(one)) ** 2
+    torch.testing.assert_close(found.score_sums[0].double(), totals, rtol=1e-6, atol=1e-6)
+    assert found.logsumexp_square_sum.item() == pytest.approx(squares)
 
 
 @pytest.mark.parametrize("router", ["token_choice", "deepseek_v3", "loss_free", "gpt_oss", "noisy_top_k"])

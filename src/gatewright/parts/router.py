@@ -40,20 +40,29 @@ class Routed:
 
 
 class FusedRouted(Routed):
-    """A Routed whose assignment and sums come from one pass; the scores are computed if they are asked for."""
+    """A Routed whose assignment and sums come from one pass; scores are computed if they are asked for."""
+
+    function: ScoreFunction
+    found: FusedRoute
+    call: RoutingCall
 
     def __init__(
-        self, logits: Tensor, function: ScoreFunction, assignment: Assignment, found: FusedRoute, call: RoutingCall
+        self,
+        logits: Tensor,
+        function: ScoreFunction,
+        assignment: Assignment,
+        found: FusedRoute,
+        call: RoutingCall,
     ) -> None:
         own = {"logits": logits, "function": function, "assignment": assignment, "found": found, "call": call}
         self.__dict__.update(own)
 
     @cached_property
-    def scores(self) -> Tensor:  # type: ignore[override]
+    def scores(self) -> Tensor:
         return self.function(self.logits)
 
     @cached_property
-    def probabilities(self) -> Tensor:  # type: ignore[override]
+    def probabilities(self) -> Tensor:
         return probabilities(self.function, self.logits, self.scores)
 
     def with_sums(self, sums: Mapping[str, Tensor]) -> Routed:

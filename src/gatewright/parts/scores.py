@@ -61,8 +61,7 @@ def score_function(scores: str | ScoreFunction) -> ScoreFunction:
 
 def native_name(function: ScoreFunction) -> str | None:
     """Return how `kernels.fused_route` calls a score function, None for those that it does not have."""
-    known = {softmax_scores: "softmax", sigmoid_scores: "sigmoid", identity_scores: "identity"}
-    return known.get(function)
+    return next((name for name in ("softmax", "sigmoid", "identity") if function is SCORES[name]), None)
 
 
 def probabilities(

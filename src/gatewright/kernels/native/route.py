@@ -84,7 +84,7 @@ def fused_route(
 
 
 def select_top(scores: Float[Tensor, "T E"], num_selected: int) -> Int64[Tensor, "T K"] | None:
-    """Return the ids of each row's K highest scores as `rank_rows` orders them; None where it is not taken."""
+    """Return the ids of each row's K highest scores as `rank_rows` orders them; None where not taken."""
     if not takes(scores, num_selected):
         return None
     return torch.ops.gatewright.select_top(scores.detach().contiguous(), num_selected)

@@ -92,7 +92,7 @@ class GroupLimited(nn.Module):
         return Assignment(experts, weights, self.num_experts, sums=sums)
 
     def as_top_k(self) -> TopK | None:
-        """Return what this rule does as plain data; None with groups, or for a class that decides otherwise."""
+        """Return what this rule does as plain data; None with groups, or where a subclass decides."""
         plain = type(self).forward is GroupLimited.forward and self.num_groups == 1
         if not plain or not (self.bias is None or type(self.bias) is SelectionBias):
             return None

@@ -1,3 +1,4 @@
+// The router behind its logits: scores, the K best, their weights and the sums that losses take, in one pass.
 #include "route.h"
 
 #include <ATen/ops/empty.h>

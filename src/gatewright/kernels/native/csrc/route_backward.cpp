@@ -1,3 +1,4 @@
+// The gradient of the logits, from those of weights and sums, in one pass that computes the scores again.
 #include "route.h"
 
 #include <c10/util/Exception.h>

@@ -1,3 +1,4 @@
+// The K best of each row, for every rule.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
