@@ -2,6 +2,7 @@
 
 from gatewright.kernels.activations import ACTIVATIONS, activate, check_activation, is_gated
 from gatewright.kernels.choose import BACKENDS, choose_backend, expert_mlp, expert_mlp_sorted
+from gatewright.kernels.native.route import FusedRoute, TopK, fused_route
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 from gatewright.kernels.ranking import rank_rows, ranks_fast
 
@@ -10,11 +11,14 @@ __all__ = [
     "BACKENDS",
     "DispatchPlan",
     "ExpertWeights",
+    "FusedRoute",
+    "TopK",
     "activate",
     "check_activation",
     "choose_backend",
     "expert_mlp",
     "expert_mlp_sorted",
+    "fused_route",
     "is_gated",
     "rank_rows",
     "ranks_fast",

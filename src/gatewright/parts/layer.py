@@ -132,8 +132,7 @@ class MoELayer(nn.Module):
             own = self.shared(flat)
             # With biases, padding would not give 0.
             y = y + (own if call.mask is None else torch.where(call.mask.unsqueeze(-1), own, 0))
-        sequence = x.shape[-2] if x.dim() > 2 else None
-        record = record_call(routed, plan, call.mask, self.group_size or sequence, capture, sent)
+        record = record_call(routed, plan, call.mask, call.stats_size, capture, sent)
         return y.reshape(x.shape), Stats({"router": record}) | inner
 
     def _call(
@@ -154,7 +153,9 @@ class MoELayer(nn.Module):
             # Padding may hold NaN: where, not multiply, keeps it out of values and gradients.
             flat = torch.where(flat_mask.unsqueeze(-1), flat, 0)
         ids = None if token_ids is None else token_ids.reshape(-1)
-        return flat, RoutingCall(flat_mask, self.training, key, ids, self.group_size)
+        sequence = x.shape[-2] if x.dim() > 2 else None
+        size = self.group_size or sequence
+        return flat, RoutingCall(flat_mask, self.training, key, ids, self.group_size, size)
 
     def _plan(self, routed: Routed, call: RoutingCall) -> tuple[Assignment, DispatchPlan]:
         """Return where the choices are sent, and the plan of it; dropless unless there is a capacity."""

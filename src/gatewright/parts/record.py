@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from gatewright.kernels import DispatchPlan
+from gatewright.kernels import DispatchPlan, FusedRoute
 from gatewright.parts.dispatch import made_choices
 from gatewright.parts.groups import count_into, group_ids, num_groups, to_groups, tokens_of_groups
 from gatewright.parts.router import Routed
@@ -52,19 +52,12 @@ def record_call(
     """
     logits, assignment = routed.logits, routed.assignment
     sent = assignment if sent is None else sent
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    lse = torch.logsumexp(logits.to(wide), dim=-1)
-    # Not from lse: a lone -inf among the logits vanishes there. And isfinite().all() takes 20 times as long.
-    finite = logits.detach().abs().amax(dim=-1) < torch.inf
-    shares = routed.probabilities.to(wide)
-    if mask is not None:
-        shares = torch.where(mask.unsqueeze(-1), shares, 0)
-        lse = torch.where(mask, lse, 0)
     group_tokens = tokens_of_groups(mask, assignment.num_tokens, group_size, logits.device)
     made = made_choices(assignment)
-    known = plan.counts if plan.all_kept and sent is assignment else None
-    group_counts, group_first_counts = _counts(assignment, made, group_size, known)
-    score_sums, group_score_sums = _score_sums(shares, group_size)
+    totals = routed.totals(mask, group_size)
+    if totals is None:
+        known = plan.counts if plan.all_kept and sent is assignment else None
+        totals = _totals(routed, made, mask, group_size, known)
     dropped = unrouted = torch.zeros((), dtype=torch.int64, device=logits.device)
     if not plan.all_kept:
         held = plan.slots >= 0
@@ -73,19 +66,19 @@ def record_call(
     return RouterStats(
         num_selected=assignment.num_selected,
         tokens=_total(group_tokens),
-        counts=_total(group_counts),
+        counts=_total(totals.counts),
         kept=plan.counts,
         dropped_by_rank=dropped.expand(assignment.num_selected),
         unrouted=unrouted,
-        score_sums=score_sums,
-        logsumexp_sum=lse.sum(),
-        logsumexp_square_sum=(lse * lse).sum(),
-        nonfinite=(~finite).sum(),
-        first_counts=_total(group_first_counts),
+        score_sums=_total(totals.score_sums),
+        logsumexp_sum=totals.logsumexp_sum,
+        logsumexp_square_sum=totals.logsumexp_square_sum,
+        nonfinite=totals.nonfinite,
+        first_counts=_total(totals.first_counts),
         group_tokens=group_tokens,
-        group_counts=group_counts,
-        group_first_counts=group_first_counts,
-        group_score_sums=group_score_sums,
+        group_counts=totals.counts,
+        group_first_counts=totals.first_counts,
+        group_score_sums=totals.score_sums,
         sums=dict(assignment.sums),
         logits=logits.detach() if capture else None,
         scores=routed.scores.detach() if capture else None,
@@ -94,13 +87,37 @@ def record_call(
     )
 
 
-def _score_sums(shares: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Return the sums over all tokens [E] and over each group's [G, E]."""
+def _totals(
+    routed: Routed, made: Tensor, mask: Tensor | None, group_size: int | None, known: Tensor | None
+) -> FusedRoute:
+    """Return the sums over tokens, by groups, of a router that has not taken them itself."""
+    logits, assignment = routed.logits, routed.assignment
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    lse = torch.logsumexp(logits.to(wide), dim=-1)
+    # Not from lse: a lone -inf among the logits vanishes there. And isfinite().all() takes 20 times as long.
+    finite = logits.detach().abs().amax(dim=-1) < torch.inf
+    shares = routed.probabilities.to(wide)
+    if mask is not None:
+        shares = torch.where(mask.unsqueeze(-1), shares, 0)
+        lse = torch.where(mask, lse, 0)
+    counts, first_counts = _counts(assignment, made, group_size, known)
+    return FusedRoute(
+        assignment.weights,
+        assignment.experts,
+        score_sums=_score_sums(shares, group_size),
+        logsumexp_sum=lse.sum(),
+        logsumexp_square_sum=(lse * lse).sum(),
+        nonfinite=(~finite).sum(),
+        counts=counts,
+        first_counts=first_counts,
+    )
+
+
+def _score_sums(shares: Tensor, group_size: int | None) -> Tensor:
+    """Return the sums over each group's tokens [G, E]."""
     if num_groups(shares.shape[0], group_size) == 1:
-        total = shares.sum(dim=0)
-        return total, total.unsqueeze(0)
-    of_groups = to_groups(shares, group_size).sum(dim=1)
-    return of_groups.sum(dim=0), of_groups
+        return shares.sum(dim=0, keepdim=True)
+    return to_groups(shares, group_size).sum(dim=1)
 
 
 def _total(of_groups: Tensor) -> Tensor:

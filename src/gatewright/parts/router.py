@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatewright.errors import UserError
+from gatewright.kernels import FusedRoute, fused_route
 from gatewright.parts.capacity import Capacity
-from gatewright.parts.routing import Assignment, RoutingCall, SelectionRule
-from gatewright.parts.scores import ScoreFunction, probabilities, score_function
+from gatewright.parts.routing import Assignment, RoutingCall, SelectionRule, top_k_of
+from gatewright.parts.scores import ScoreFunction, native_name, probabilities, score_function
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,51 @@ class Routed:
     scores: Float[Tensor, "T E"]
     probabilities: Float[Tensor, "T E"]
     assignment: Assignment
+
+    def with_sums(self, sums: Mapping[str, Tensor]) -> Routed:
+        """Return the same with other sums in its assignment."""
+        return dataclasses.replace(self, assignment=dataclasses.replace(self.assignment, sums=sums))
+
+    def totals(self, mask: Tensor | None, group_size: int | None) -> FusedRoute | None:
+        """Return the sums over tokens by groups, where the router has taken them already."""
+        return None
+
+
+class FusedRouted(Routed):
+    """A Routed whose assignment and sums come from one pass; scores are computed if they are asked for."""
+
+    function: ScoreFunction
+    found: FusedRoute
+    call: RoutingCall
+
+    def __init__(
+        self,
+        logits: Tensor,
+        function: ScoreFunction,
+        assignment: Assignment,
+        found: FusedRoute,
+        call: RoutingCall,
+    ) -> None:
+        own = {"logits": logits, "function": function, "assignment": assignment, "found": found, "call": call}
+        self.__dict__.update(own)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        return self.function(self.logits)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        return probabilities(self.function, self.logits, self.scores)
+
+    def with_sums(self, sums: Mapping[str, Tensor]) -> Routed:
+        """Return the same with other sums in its assignment."""
+        assignment = dataclasses.replace(self.assignment, sums=sums)
+        return FusedRouted(self.logits, self.function, assignment, self.found, self.call)
+
+    def totals(self, mask: Tensor | None, group_size: int | None) -> FusedRoute | None:
+        """Return the sums, if they were taken over these tokens and groups."""
+        same = mask is self.call.mask and group_size == self.call.stats_size
+        return self.found if same else None
 
 
 # A standard deviation per logit, one for all, or none where there is no noise on the logits.
@@ -111,11 +158,19 @@ class Router(nn.Module):
         noise = self.noise if call.training else None
         clean = self(x if noise is None else noise.on_input(x, call))
         logits, spread = (clean, None) if noise is None else noise.on_logits(x, clean, call)
+        routed = self._routed(logits, call)
+        if noise is None:
+            return routed
+        return routed.with_sums({**routed.assignment.sums, **noise.sums(clean, spread, routed, call)})
+
+    def _routed(self, logits: Float[Tensor, "T E"], call: RoutingCall) -> Routed:
+        """Return scores and choices of logits: in one pass where rule, scores and machine are such."""
+        assert self.rule is not None
+        top = top_k_of(self.rule)
+        found = fused_route(logits, native_name(self.scores), top, call.mask, call.stats_size)
+        if found is not None:
+            assignment = Assignment(found.experts, found.weights, logits.shape[-1])
+            return FusedRouted(logits, self.scores, assignment, found, call)
         scores = self.scores(logits)
         shares = probabilities(self.scores, logits, scores)
-        routed = Routed(logits, scores, shares, self.rule(logits, scores, call))
-        if noise is not None:
-            own = routed.assignment
-            sums = {**own.sums, **noise.sums(clean, spread, routed, call)}
-            routed = dataclasses.replace(routed, assignment=dataclasses.replace(own, sums=sums))
-        return routed
+        return Routed(logits, scores, shares, self.rule(logits, scores, call))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from gatewright.errors import UserError, did_you_mean
-from gatewright.kernels import rank_rows, ranks_fast
+from gatewright.kernels import TopK, rank_rows, ranks_fast
+from gatewright.kernels.native import route as native_route
 
 WeightForm = Literal["raw", "renormalised", "softmax_selected"]
 WEIGHT_FORMS: tuple[WeightForm, ...] = ("raw", "renormalised", "softmax_selected")
@@ -33,7 +34,8 @@ class RoutingCall:
     int64: every draw is a pure function of it (parts.draws), so that recomputation repeats it. `token_ids`
     [T] int64, for rules that look at the input. `group_size`: tokens per routing group, in flat order (the
     last group may be smaller); None is one group. Rules that count do so inside a group only, so their
-    result does not depend on how whole groups are split over calls.
+    result does not depend on how whole groups are split over calls. `stats_size`: the same for the groups
+    that Stats tell apart, which no rule looks at.
     """
 
     mask: Bool[Tensor, "T"] | None = None
@@ -41,6 +43,7 @@ class RoutingCall:
     key: Int64[Tensor, ""] | None = None
     token_ids: Int64[Tensor, "T"] | None = None
     group_size: int | None = None
+    stats_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,12 @@ class Assignment:
 SelectionRule = Callable[[Tensor, Tensor, RoutingCall], Assignment]
 
 
+def top_k_of(rule: Any) -> TopK | None:
+    """Return the rule as a plain choice of the K best, None where it is more than that or does not say."""
+    describe = getattr(rule, "as_top_k", None)
+    return None if describe is None else describe()
+
+
 def select_top(scores: Float[Tensor, "T E"], num_selected: int) -> Int64[Tensor, "T K"]:
     """Return the ids [T, K] of the K highest scores [T, E], highest first; among equals the lowest expert id
     first.
@@ -85,6 +94,9 @@ def select_top(scores: Float[Tensor, "T E"], num_selected: int) -> Int64[Tensor,
     torch.sort. Carries no gradient.
     """
     scores = scores.detach()
+    chosen = native_route.select_top(scores, num_selected)
+    if chosen is not None:
+        return chosen
     num_experts = scores.shape[-1]
     # Passes mark what they took with -inf, so a row without K other scores is ranked. Compiled code ranks
     # always: it may not look at the numbers.

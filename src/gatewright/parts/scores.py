@@ -59,6 +59,11 @@ def score_function(scores: str | ScoreFunction) -> ScoreFunction:
     return SCORES[scores]
 
 
+def native_name(function: ScoreFunction) -> str | None:
+    """Return how `kernels.fused_route` calls a score function, None for those that it does not have."""
+    return next((name for name in ("softmax", "sigmoid", "identity") if function is SCORES[name]), None)
+
+
 def probabilities(
     function: ScoreFunction, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"]
 ) -> Float[Tensor, "T E"]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -94,9 +92,8 @@ class CosineRouter(Router):
         shares = torch.softmax(routed.logits.to(wide) * factor, dim=-1)
         if call.mask is not None:
             shares = torch.where(call.mask.unsqueeze(-1), shares, 0)
-        own = routed.assignment
-        sums = {**own.sums, "cosine_importance": shares.sum(dim=0)}
-        return dataclasses.replace(routed, assignment=dataclasses.replace(own, sums=sums))
+        sums = {**routed.assignment.sums, "cosine_importance": shares.sum(dim=0)}
+        return routed.with_sums(sums)
 
     def _divisor(self, dtype: torch.dtype) -> Tensor:
         """Return tau [1] as it is computed with."""

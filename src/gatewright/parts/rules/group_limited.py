@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from gatewright.errors import UserError, did_you_mean
+from gatewright.kernels import TopK
 from gatewright.parts.router import Router
 from gatewright.parts.routing import Assignment, RoutingCall, check_selection, select_top
 from gatewright.parts.selection_bias import SelectionBias
@@ -89,6 +90,14 @@ class GroupLimited(nn.Module):
         if call.mask is not None:
             experts = torch.where(call.mask.unsqueeze(-1), experts, -1)
         return Assignment(experts, weights, self.num_experts, sums=sums)
+
+    def as_top_k(self) -> TopK | None:
+        """Return what this rule does as plain data; None with groups, or where a subclass decides."""
+        plain = type(self).forward is GroupLimited.forward and self.num_groups == 1
+        if not plain or not (self.bias is None or type(self.bias) is SelectionBias):
+            return None
+        bias = None if self.bias is None else self.bias.bias
+        return TopK(self.num_selected, self.weights, self.scale, bias, _LEAST_SUM)
 
     def experts_kept(self, ranked: Float[Tensor, "T E"]) -> Bool[Tensor, "T E"]:
         """Return which experts stand in a kept group, by the scores that choices are made by."""

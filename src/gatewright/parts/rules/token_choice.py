@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gatewright.errors import UserError
+from gatewright.kernels import TopK
 from gatewright.parts.router import Router
 from gatewright.parts.routing import (
     Assignment,
@@ -80,6 +81,12 @@ class TokenChoice:
         """Return who goes where."""
         chosen = token_choice(logits, scores, self.num_selected, self.weights, call.mask, self.scale)
         return Assignment(chosen.experts, chosen.weights, chosen.num_experts, self.weight_side)
+
+    def as_top_k(self) -> TopK | None:
+        """Return what this rule does as plain data; None for a class that decides otherwise."""
+        if type(self).__call__ is not TokenChoice.__call__ or self.weight_side != "output":
+            return None
+        return TopK(self.num_selected, self.weights, self.scale)
 
 
 def _make(**fixed: Any) -> Any:
