@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from gatewright.errors import UserError
-from gatewright.parts.draws import call_key, fold, normal, uniform
+from gatewright.parts.draws import call_key, fold, normal
+from gatewright.parts.jitter import jittered
 from gatewright.parts.router import Noise, Routed, Spread
 from gatewright.parts.routing import Assignment, RoutingCall, select_top
 
@@ -134,8 +135,7 @@ class InputJitter(Noise):
     def on_input(self, x: Float[Tensor, "T D"], call: RoutingCall) -> Float[Tensor, "T D"]:
         """Return x times its noise, in at least fp32: bf16 holds few factors this close to 1."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        u = uniform(fold(call_key(call, x.device), INPUT_NOISE), tuple(x.shape), x.device, wide)
-        return x.to(wide) * u.mul_(2 * self.eps).add_(1 - self.eps)
+        return jittered(x.to(wide), fold(call_key(call, x.device), INPUT_NOISE), self.eps)
 
 
 class LogitNoise(Noise):
