@@ -14,15 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gatewright.errors import RunFailure
+from gatewright.places import cache_root as cache_root
 
 MANIFEST = "manifest.json"
 Progress = Callable[[str], None]
-
-
-def cache_root(cache: str | Path | None = None) -> Path:
-    """Return the folder of built corpora: `cache`, else $GATEWRIGHT_CACHE, else ~/.cache/gatewright."""
-    given = cache or os.environ.get("GATEWRIGHT_CACHE") or Path("~/.cache/gatewright")
-    return Path(given).expanduser().absolute()
 
 
 def file_digest(path: Path) -> str:

@@ -152,7 +152,7 @@ class Experts(nn.Module):
         """
         weights = ExpertWeights(self.w_in, self.w_down, self.activation, self.b_in, self.b_down)
         scale = self._hidden_scale(x, plan, key) if self.training and self.dropout else None
-        return expert_mlp(x, plan, combine_weights, weights.in_dtype(x.dtype), backend, scale)
+        return expert_mlp(x, plan, combine_weights, weights, backend, scale)
 
     def _hidden_scale(self, x: Tensor, plan: DispatchPlan, key: Tensor | None) -> Tensor:
         """Return what dropout multiplies the hidden rows with, [M, F]: 0 or 1 / (1 - dropout)."""
