@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int16, Int32, Int64
 from torch import Tensor
 
+from gatewright.kernels import native
 from gatewright.parts.routing import RoutingCall
 
 # Multipliers of SplitMix64 (Steele, Lea and Flood 2014) and of Wellons' two-round 32-bit mixer, as signed.
@@ -27,7 +28,7 @@ _MIX32 = (0x21F0AAAD, 0xD35A2D97 - 2**32)
 _BITS = {torch.float32: 24, torch.float64: 24, torch.bfloat16: 8, torch.float16: 11}
 
 # Words worked on at a time outside compiled code: what stays in a core's cache; fewer are one piece.
-_CHUNK, _LEAST_CHUNKED = 2**17, 2**12
+CHUNK, _LEAST_CHUNKED = 2**17, 2**12
 
 
 def _shifted(x: Tensor, places: int, width: int) -> Tensor:
@@ -90,7 +91,7 @@ class Stream:
         """Yield the first `size` words a cache's worth at a time, (begin, words), in one place that is
         written anew.
         """
-        most = max(min(size, _CHUNK), 1)
+        most = max(min(size, CHUNK), 1)
         counters = torch.arange(most, dtype=torch.int32, device=self.device).mul_(self.step)
         x, spare = torch.empty_like(counters), torch.empty_like(counters)
         for begin in range(0, size, most):
@@ -104,16 +105,22 @@ def in_chunks(device: torch.device, size: int) -> bool:
     return size > _LEAST_CHUNKED and device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def runs_native(size: int, *tensors: Tensor) -> bool:
+    """Return whether C++ works on fp32 tensors that lead to so many numbers: it pays, and it is there."""
+    fits = all(one.dtype == torch.float32 and one.is_contiguous() for one in tensors)
+    return fits and in_chunks(tensors[0].device, size) and native.is_ready()
+
+
 def _draw(
     key: Tensor,
     shape: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype,
-    low: float,
+    low: int,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return numbers on `dtype`'s grid in [low, 1), low 0 or -1; with `transform`, what it makes, in place, of
-    the middles of the cells of a grid twice as coarse, so that it meets neither end.
+    """Return numbers on `dtype`'s grid in [low, 1), low 0 or -1; with `transform`, what it makes, in place,
+    of the middles of the cells of a grid twice as coarse, so that it meets neither end.
     """
     if dtype not in _BITS:
         raise TypeError(f"dtype {dtype}; allowed: {', '.join(str(known) for known in _BITS)}")
@@ -134,7 +141,10 @@ def _draw(
     if not in_chunks(stream.device, size):
         words = stream.words(size)
         return numbers(words, words.to(wide)).to(dtype).reshape(shape)
-    spare = out if wide == dtype else torch.empty(min(size, _CHUNK), dtype=wide)
+    if runs_native(size, out):
+        torch.ops.gatewright.draw_uniform_(out, stream.start, stream.step, 32 - bits, cell, middle)
+        return (out if transform is None else transform(out)).reshape(shape)
+    spare = out if wide == dtype else torch.empty(min(size, CHUNK), dtype=wide)
     for begin, words in stream.chunks(size):
         place = out[begin : begin + words.shape[0]]
         if wide == dtype:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from gatewright.parts.draws import Stream, halves, in_chunks
+from gatewright.parts.draws import CHUNK, Stream, halves, in_chunks, runs_native
 
 
 def jittered(x: Float[Tensor, "T D"], key: Int64[Tensor, ""], eps: float) -> Float[Tensor, "T D"]:
@@ -17,12 +17,16 @@ def jittered(x: Float[Tensor, "T D"], key: Int64[Tensor, ""], eps: float) -> Flo
 
 
 class _Jitter(torch.autograd.Function):
-    """Keeps half a word per element, where x * u would keep x and u."""
+    """Keeps half a word per element, where x * u would keep x and u; in C++ nothing: it draws again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, key: Tensor, eps: float) -> Tensor:
         ctx.eps, size = eps, (x.numel() + 1) // 2
         stream = Stream(key, x.device)
+        ctx.again = runs_native(size, x)
+        if ctx.again:
+            ctx.save_for_backward(stream.start, stream.step)
+            return torch.ops.gatewright.jitter(x, stream.start, stream.step, eps)
         if not in_chunks(x.device, size):
             words = stream.words(size)
             out = _spread(x, words, eps)
@@ -43,11 +47,13 @@ class _Jitter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.again:
+            return torch.ops.gatewright.jitter(gradient.contiguous(), *ctx.saved_tensors, ctx.eps), None, None
         (words,) = ctx.saved_tensors
         if not in_chunks(words.device, words.numel()):
             return _spread(gradient, words, ctx.eps), None, None
         flat = gradient.reshape(-1)
-        out, most = torch.empty_like(flat), 2**17
+        out, most = torch.empty_like(flat), CHUNK
         for begin in range(0, words.shape[0], most):
             place = slice(2 * begin, 2 * (begin + most))
             _spread(flat[place], words[begin : begin + most], ctx.eps, out[place])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,20 @@ class Noise(nn.Module):
         """Return the logits that scores and choices are taken from, and their noise's standard deviation."""
         return logits, None
 
+    def maps(self) -> tuple[Tensor, ...]:
+        """Return the weights of further linear maps of the tokens that the noise is made of."""
+        return ()
+
+    def on_mapped(
+        self,
+        x: Float[Tensor, "T D"],
+        logits: Float[Tensor, "T E"],
+        mapped: Sequence[Tensor],
+        call: RoutingCall,
+    ) -> tuple[Float[Tensor, "T E"], Spread]:
+        """Return what `on_logits` does; `mapped` holds x times each of `maps`."""
+        return self.on_logits(x, logits, call)
+
     def sums(
         self, clean: Float[Tensor, "T E"], spread: Spread, routed: Routed, call: RoutingCall
     ) -> Mapping[str, Tensor]:
@@ -54,6 +68,17 @@ class Noise(nn.Module):
         Args: `clean` the logits before `on_logits`, `spread` what it returned beside the noisy ones.
         """
         return {}
+
+
+def linear_maps(x: Float[Tensor, "T D"], weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return x times each weight [N, D], computed in `dtype`, out of autocast, as one multiplication."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(dtype)
+        if len(weights) == 1:
+            return (F.linear(x, weights[0].to(dtype)),)
+        joined = F.linear(x, torch.cat([weight.to(dtype) for weight in weights]))
+    parts = joined.split([weight.shape[0] for weight in weights], dim=1)
+    return tuple(part.contiguous() for part in parts)
 
 
 class Router(nn.Module):
@@ -102,6 +127,13 @@ class Router(nn.Module):
                 x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
             )
 
+    def _mapped(self, x: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the logits and x times each other weight."""
+        wide = torch.float64 if x.dtype == torch.float64 else self.dtype
+        if not others or self.bias is not None or type(self).forward is not Router.forward:
+            return (self(x), *(linear_maps(x, (other,), wide)[0] for other in others))
+        return linear_maps(x, (self.weight, *others), wide)
+
     def route(self, x: Float[Tensor, "T D"], call: RoutingCall) -> Routed:
         """Return logits, scores and the Assignment of T tokens. Raises: UserError without a rule."""
         if self.rule is None:
@@ -109,8 +141,12 @@ class Router(nn.Module):
                 "this router has no rule to select by; give it one: Router(..., rule=TokenChoice(2))"
             )
         noise = self.noise if call.training else None
-        clean = self(x if noise is None else noise.on_input(x, call))
-        logits, spread = (clean, None) if noise is None else noise.on_logits(x, clean, call)
+        if noise is None:
+            clean, spread = self(x), None
+            logits = clean
+        else:
+            clean, *mapped = self._mapped(noise.on_input(x, call), noise.maps())
+            logits, spread = noise.on_mapped(x, clean, mapped, call)
         scores = self.scores(logits)
         shares = probabilities(self.scores, logits, scores)
         routed = Routed(logits, scores, shares, self.rule(logits, scores, call))
