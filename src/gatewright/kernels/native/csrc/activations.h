@@ -12,20 +12,27 @@ namespace gatewright {
 struct Linear {
   static constexpr bool gated = false;
   static float value(float a) { return a; }
-  static float slope(float) { return 1.0f; }
+  static float both(float a, float& slope) {
+    slope = 1.0f;
+    return a;
+  }
 };
 
 struct Relu {
   static constexpr bool gated = false;
   static float value(float a) { return a < 0.0f ? 0.0f : a; }
-  static float slope(float a) { return a <= 0.0f ? 0.0f : 1.0f; }
+  static float both(float a, float& slope) {
+    slope = a <= 0.0f ? 0.0f : 1.0f;
+    return value(a);
+  }
 };
 
 struct Silu {
   static float value(float a) { return a * sigmoid_of(a); }
-  static float slope(float a) {
-    float s = sigmoid_of(a);
-    return s * (1.0f + a * (1.0f - s));
+  static float both(float a, float& slope) {
+    const float s = sigmoid_of(a), y = a * s;
+    slope = s + y * (1.0f - s);
+    return y;
   }
 };
 
@@ -33,7 +40,11 @@ struct Gelu {
   static constexpr bool gated = false;
   static float share(float a) { return 0.5f * erfc_of(a * -0.70710678f); }
   static float value(float a) { return a * share(a); }
-  static float slope(float a) { return share(a) + a * 0.39894228f * exp_of(-0.5f * a * a); }
+  static float both(float a, float& slope) {
+    const float p = share(a);
+    slope = p + a * 0.39894228f * exp_of(-0.5f * a * a);
+    return a * p;
+  }
 };
 
 template <class Gate>
@@ -42,8 +53,8 @@ struct Gated {
   static float value(float gate, float up) { return Gate::value(gate) * up; }
   // Returns the value; writes what multiplies its gradient for either half.
   static float slopes(float gate, float up, float& of_gate, float& of_up) {
-    of_up = Gate::value(gate);
-    of_gate = Gate::slope(gate) * up;
+    of_up = Gate::both(gate, of_gate);
+    of_gate *= up;
     return of_up * up;
   }
 };

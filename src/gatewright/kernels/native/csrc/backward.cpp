@@ -19,7 +19,7 @@ class Backward {
            bool need_weights, Gradients& out)
       : in_(in), s_(s), out_(out), grad_y_(data<T>(grad_y)), pre_(data<T>(pre)), need_x_(need_x),
         need_weights_(need_weights), need_rows_(need_x || in.weigh_input), width_(round_up(s.D, per_unit<T>)),
-        pre_width_(round_up(s.H, per_unit<T>)), rows_(panel_rows(s, sizeof(T))), row_weights_(s.M * sizeof(float)),
+        pre_width_(round_up(s.H, per_unit<T>)), rows_(std::min(kPanel, round_up(s.M, 8))), row_weights_(s.M * sizeof(float)),
         of_weights_(s.M * sizeof(float)), grad_rows_(need_x && s.K != 1 ? s.M * s.D * sizeof(T) : 0),
         grad_x_(need_x ? data<T>(out.x) : nullptr) {
     const int64_t units = rows_ / per_unit<T>;
@@ -77,8 +77,9 @@ class Backward {
     const uint32_t* w_in = pack_rows<T, W>(data<W>(in_.w_in) + task.expert * H * D, H, D,
                                            reinterpret_cast<uint32_t*>(block + w_in_at_));
     const int64_t* tokens = data<int64_t>(in_.token_ids);
-    for (int64_t begin = task.begin; begin < task.end; begin += rows_) {
-      const int64_t rows = std::min(rows_, task.end - begin), padded = round_up(rows, 8);
+    const int64_t step = even_panels(task.end - task.begin, rows_);
+    for (int64_t begin = task.begin; begin < task.end; begin += step) {
+      const int64_t rows = std::min(step, task.end - begin), padded = round_up(rows, 8);
       const bool add = begin != task.begin;
       for (int64_t r = 0; r < rows; ++r) take_row(grad_y_ + tokens[begin + r] * D, D, 1.0f, g + r * width_, width_);
       clear_rows(g, width_, rows, padded);
@@ -115,29 +116,11 @@ class Backward {
   // From the gradient of a row's hidden numbers to that of its pre-activations; leaves its hidden numbers too.
   void through_activation(int64_t expert, int64_t row, const T* g, const float* grad_hidden, T* grad_pre,
                           T* hidden) const {
-    const int64_t F = s_.F;
-    const T* a = pre_ + row * s_.H;
     const float weight = weight_or_one(row_weights_.as<float>(), row, !in_.weigh_input);
+    const T* a = pre_ + row * s_.H;
     const T* scale = data<T>(in_.hidden_scale);
-    if (scale) scale += row * F;
-    float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t j = 0; j < F; ++j) {
-      const float s = scale ? widen(scale[j]) : 1.0f;
-      const float through = grad_hidden[j] * weight * s;
-      float value;
-      if constexpr (Act::gated) {
-        float of_gate, of_up;
-        value = Act::slopes(widen(a[j]), widen(a[F + j]), of_gate, of_up);
-        grad_pre[j] = narrow<T>(through * of_gate);
-        grad_pre[F + j] = narrow<T>(through * of_up);
-      } else {
-        value = Act::value(widen(a[j]));
-        grad_pre[j] = narrow<T>(through * Act::slope(widen(a[j])));
-      }
-      dot += grad_hidden[j] * value * s;
-      hidden[j] = narrow<T>(value * s * weight);
-    }
+    float dot = scale ? slopes<true>(a, weight, scale + row * s_.F, grad_hidden, grad_pre, hidden)
+                      : slopes<false>(a, weight, nullptr, grad_hidden, grad_pre, hidden);
     for (int64_t j = s_.H; j < pre_width_; ++j) grad_pre[j] = narrow<T>(0.0f);
     if (in_.weigh_input) return;
     if (const W* bias = data<W>(in_.b_down)) {
@@ -146,6 +129,32 @@ class Backward {
       for (int64_t j = 0; j < s_.D; ++j) dot += widen(g[j]) * widen(bias[j]);
     }
     of_weights_.as<float>()[row] = dot;
+  }
+
+  template <bool kScaled>
+  float slopes(const T* __restrict a, float weight, const T* __restrict scale, const float* __restrict grad_hidden,
+               T* __restrict grad_pre, T* __restrict hidden) const {
+    const int64_t F = s_.F;
+    float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < F; ++j) {
+      const float s = kScaled ? widen(scale[j]) : 1.0f;
+      const float through = grad_hidden[j] * weight * s;
+      float value;
+      if constexpr (Act::gated) {
+        float of_gate, of_up;
+        value = Act::slopes(widen(a[j]), widen(a[F + j]), of_gate, of_up);
+        grad_pre[j] = narrow<T>(through * of_gate);
+        grad_pre[F + j] = narrow<T>(through * of_up);
+      } else {
+        float slope;
+        value = Act::both(widen(a[j]), slope);
+        grad_pre[j] = narrow<T>(through * slope);
+      }
+      dot += grad_hidden[j] * value * s;
+      hidden[j] = narrow<T>(value * s * weight);
+    }
+    return dot;
   }
 
   static void add_rows(const T* rows, int64_t ld, int64_t count, int64_t n, const float* weights, float* sums, bool add) {

@@ -167,18 +167,19 @@ void end_of_multiplying() {
 
 void transpose_units(const uint32_t* in, int64_t ld_in, int64_t rows, int64_t columns, uint32_t* out, int64_t ld_out) {
   const int64_t whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16;
-  for (int64_t j = 0; j < whole_columns; j += 16)
-    for (int64_t i = 0; i < whole_rows; i += 16) transpose_16(in + i * ld_in + j, ld_in, out + j * ld_out + i, ld_out);
+  // Strip by strip: the rows that are read follow one another in memory.
+  for (int64_t i = 0; i < whole_rows; i += 16)
+    for (int64_t j = 0; j < whole_columns; j += 16) transpose_16(in + i * ld_in + j, ld_in, out + j * ld_out + i, ld_out);
   for (int64_t j = 0; j < columns; ++j)
     for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) out[j * ld_out + i] = in[i * ld_in + j];
 }
 
 template <class T, class W>
-void pack_transposed(const W* in, int64_t n, int64_t k, uint32_t* out) {
+void pack_transposed(const W* in, int64_t n, int64_t k, uint32_t* out, int64_t ld) {
   const int64_t units = (k + per_unit<T> - 1) / per_unit<T>;
   if constexpr (std::is_same_v<T, W>) {
     if (k % per_unit<T> == 0) {  // then a row is a row of units already
-      transpose_units(reinterpret_cast<const uint32_t*>(in), units, n, units, out, n);
+      transpose_units(reinterpret_cast<const uint32_t*>(in), units, n, units, out, ld);
       return;
     }
   }
@@ -191,7 +192,7 @@ void pack_transposed(const W* in, int64_t n, int64_t k, uint32_t* out) {
         row[i * units + u] = pair_of(half_of(from[2 * u]), half_of(from[2 * u + 1]));
       if (k % 2) row[i * units + units - 1] = pair_of(half_of(from[k - 1]), 0);
     }
-    transpose_units(row.data(), units, rows, units, out + j, n);
+    transpose_units(row.data(), units, rows, units, out + j, ld);
   }
 }
 
@@ -213,9 +214,9 @@ const uint32_t* pack_rows(const W* in, int64_t k, int64_t n, uint32_t* out) {
   }
 }
 
-template void pack_transposed<float, float>(const float*, int64_t, int64_t, uint32_t*);
-template void pack_transposed<bf16, bf16>(const bf16*, int64_t, int64_t, uint32_t*);
-template void pack_transposed<bf16, float>(const float*, int64_t, int64_t, uint32_t*);
+template void pack_transposed<float, float>(const float*, int64_t, int64_t, uint32_t*, int64_t);
+template void pack_transposed<bf16, bf16>(const bf16*, int64_t, int64_t, uint32_t*, int64_t);
+template void pack_transposed<bf16, float>(const float*, int64_t, int64_t, uint32_t*, int64_t);
 template const uint32_t* pack_rows<float, float>(const float*, int64_t, int64_t, uint32_t*);
 template const uint32_t* pack_rows<bf16, bf16>(const bf16*, int64_t, int64_t, uint32_t*);
 template const uint32_t* pack_rows<bf16, float>(const float*, int64_t, int64_t, uint32_t*);

@@ -31,9 +31,12 @@ void end_of_multiplying();
 // out[j][i] = in[i][j] for in [rows][columns] of 32-bit units; columns of `out` beyond `rows` are not touched.
 void transpose_units(const uint32_t* in, int64_t ld_in, int64_t rows, int64_t columns, uint32_t* out, int64_t ld_out);
 
-// B = in^T as units: B[k][n] = in[n][k] for in [N, K], out [ceil(K / per_unit)][N].
+// B = in^T as units: B[k][n] = in[n][k] for in [N, K], out [ceil(K / per_unit)][ld].
 template <class T, class W>
-void pack_transposed(const W* in, int64_t n, int64_t k, uint32_t* out);
+void pack_transposed(const W* in, int64_t n, int64_t k, uint32_t* out, int64_t ld);
+
+// Row length for `n` units whose rows do not fall on the same cache sets, as powers of 2 do.
+inline int64_t spread(int64_t n) { return round_up(n, 16) + 16; }
 
 // B = in as units, for in [K, N]; a missing last row of a pair is 0. fp32 in fp32 needs no copy: returns `in`.
 template <class T, class W>

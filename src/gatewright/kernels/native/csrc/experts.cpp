@@ -73,11 +73,6 @@ std::vector<Task> tasks_of(const at::Tensor& counts, int64_t most) {
   return tasks;
 }
 
-int64_t panel_rows(const Sizes& s, size_t bytes_of_weight) {
-  const int64_t weights = (s.H + s.F) * s.D * static_cast<int64_t>(bytes_of_weight);
-  return weights > (int64_t{3} << 20) ? 256 : weights > (int64_t{768} << 10) ? 128 : 64;
-}
-
 void weights_of_rows(const Inputs& in, const Sizes& s, float* out) {
   const int64_t* slots = data<int64_t>(in.slots);
   const float* weights = data<float>(in.combine_weights);

@@ -39,8 +39,14 @@ struct Task {
 // alone, never on threads, so that sums over tasks are always taken alike.
 std::vector<Task> tasks_of(const at::Tensor& counts, int64_t most);
 
-// Rows worked on at a time: few enough for the caches, enough to be worth reading the weights for.
-int64_t panel_rows(const Sizes& sizes, size_t bytes_of_weight);
+// Rows worked on at a time, at most: few enough for the caches, enough to be worth reading the weights for.
+constexpr int64_t kPanel = 128;
+
+// Rows of each panel of a task: as few panels as `most` allows, all of one size in whole steps of 8.
+inline int64_t even_panels(int64_t rows, int64_t most) {
+  const int64_t panels = (rows + most - 1) / most;
+  return round_up((rows + panels - 1) / panels, 8);
+}
 
 // Each row's combine weight, [M].
 void weights_of_rows(const Inputs& inputs, const Sizes& sizes, float* out);

@@ -15,14 +15,14 @@ class Forward {
   Forward(const Inputs& in, const Sizes& s, bool keep, at::Tensor& y, at::Tensor& pre)
       : in_(in), s_(s), pre_(keep ? data<T>(pre) : nullptr), y_(data<T>(y)),
         width_(round_up(s.D, per_unit<T>)), hidden_width_(round_up(s.F, per_unit<T>)),
-        rows_(panel_rows(s, sizeof(T))), row_weights_(s.M * sizeof(float)),
+        rows_(std::min(kPanel, round_up(s.M, 8))), row_weights_(s.M * sizeof(float)),
         out_(s.K == 1 ? 0 : s.M * s.D * sizeof(T)) {
     x_at_ = layout_.add<T>(rows_ * width_);
     first_at_ = layout_.add<float>(rows_ * s.H);
     hidden_at_ = layout_.add<T>(rows_ * hidden_width_);
     second_at_ = layout_.add<float>(rows_ * s.D);
-    w_in_at_ = layout_.add<uint32_t>(width_ / per_unit<T> * s.H);
-    w_down_at_ = layout_.add<uint32_t>(hidden_width_ / per_unit<T> * s.D);
+    w_in_at_ = layout_.add<uint32_t>(width_ / per_unit<T> * spread(s.H));
+    w_down_at_ = layout_.add<uint32_t>(hidden_width_ / per_unit<T> * spread(s.D));
   }
 
   void run() {
@@ -48,16 +48,17 @@ class Forward {
     float* second = reinterpret_cast<float*>(block + second_at_);
     uint32_t* w_in = reinterpret_cast<uint32_t*>(block + w_in_at_);
     uint32_t* w_down = reinterpret_cast<uint32_t*>(block + w_down_at_);
-    pack_transposed<T, W>(data<W>(in_.w_in) + task.expert * H * D, H, D, w_in);
-    pack_transposed<T, W>(data<W>(in_.w_down) + task.expert * D * F, D, F, w_down);
-    for (int64_t begin = task.begin; begin < task.end; begin += rows_) {
-      const int64_t rows = std::min(rows_, task.end - begin), padded = round_up(rows, 8);
+    pack_transposed<T, W>(data<W>(in_.w_in) + task.expert * H * D, H, D, w_in, spread(H));
+    pack_transposed<T, W>(data<W>(in_.w_down) + task.expert * D * F, D, F, w_down, spread(D));
+    const int64_t step = even_panels(task.end - task.begin, rows_);
+    for (int64_t begin = task.begin; begin < task.end; begin += step) {
+      const int64_t rows = std::min(step, task.end - begin), padded = round_up(rows, 8);
       gather(begin, rows, x);
       clear_rows(x, width_, rows, padded);
-      multiply(padded, H, width_, x, width_, w_in, H, first, H, false);
+      multiply(padded, H, width_, x, width_, w_in, spread(H), first, H, false);
       for (int64_t r = 0; r < rows; ++r) activate(task.expert, begin + r, first + r * H, hidden + r * hidden_width_);
       clear_rows(hidden, hidden_width_, rows, padded);
-      multiply(padded, D, hidden_width_, hidden, hidden_width_, w_down, D, second, D, false);
+      multiply(padded, D, hidden_width_, hidden, hidden_width_, w_down, spread(D), second, D, false);
       for (int64_t r = 0; r < rows; ++r) store(task.expert, begin + r, second + r * D);
     }
   }
