@@ -1,4 +1,4 @@
-"""The smooth load in C++: the values and gradients of the slow form, whatever threads, ties and padding do."""
+"""The smooth load in C++: values and gradients of the slow form, whatever threads, ties and padding do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gatewright.parts import draws
 from gatewright.parts.noise import load_estimate, load_total
 from gatewright.parts.routing import select_top
 
-pytestmark = pytest.mark.skipif(not native.is_ready(), reason=f"no native kernels: {native.status().reason}")
+pytestmark = pytest.mark.skipif(not native.is_ready(), reason=native.status().reason)
 
 
 def case(num_tokens: int, num_experts: int, ties: bool = False) -> dict[str, Tensor]:

@@ -221,11 +221,13 @@ class HierarchicalRouter(Router):
         # A group that a token did not choose is a row that is left out; what it names does not matter.
         index = groups.unsqueeze(-1).expand_as(picks)
         named = picks.new_zeros(num_tokens, a, self.num_secondary).scatter(1, index, picks)
-        rows = [
+        clean, noisy, std = (
             values.view(num_tokens * a, self._inside)
             for values in (secondary.clean, secondary.noisy, secondary.std)
-        ]
-        second = load_total(*rows, self.num_secondary, True, named.flatten(0, 1), used.flatten(), groups=a)
+        )
+        second = load_total(
+            clean, noisy, std, self.num_secondary, True, named.flatten(0, 1), used.flatten(), groups=a
+        )
         return ((first / (tokens + _NO_TOKENS)).unsqueeze(-1) * second).flatten()
 
 
