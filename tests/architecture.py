@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "papers": {"errors", "kernels", "parts", "objectives", "backbones"},
     "data": {"errors", "places"},
     "parallel": LOW,
-    "conversion": LOW,
+    "conversion": {"errors", "kernels", "parts", "papers"},
     "evaluation": LOW,
     "inspection": LOW | {"evaluation"},
     "training": LOW | {"evaluation", "inspection", "parallel"},
@@ -39,7 +39,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 # Packages that belong to one room; everything else imports them through it.
-HOME_OF = {"matplotlib": "inspection", "tyro": "cli", "tensorboard": "training"}
+HOME_OF = {
+    "matplotlib": "inspection",
+    "tyro": "cli",
+    "tensorboard": "training",
+    "transformers": "conversion",
+}
 PARTS_NEVER = {"logging", "torch.distributed", "tyro", "rich", "argparse"}
 OBJECTIVES_SEE = {"gatewright.parts.balancing", "gatewright.parts.losses", "gatewright.parts.stats"}
 PAPER_IDS = (

@@ -12,5 +12,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
+from gatewright.places import cache_root
+
+# Tests give themselves caches of their own; the kernels, a minute's build, are built once for all of them.
+os.environ.setdefault("GATEWRIGHT_NATIVE_CACHE", str(cache_root() / "native"))
+
 CHECKED = ("gatewright.kernels", "gatewright.parts", "gatewright.backbones")
 install_import_hook(CHECKED, "beartype.beartype")

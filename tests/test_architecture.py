@@ -69,6 +69,8 @@ def test_the_oracle_stands_alone():
         ("experiments/a.py", "from gatewright import cli", "experiments may import"),
         ("training/a.py", "import matplotlib.pyplot as plt", "matplotlib belongs to inspection"),
         ("training/a.py", "import tyro", "tyro belongs to cli"),
+        ("parts/a.py", "from transformers import AutoModel", "transformers belongs to conversion"),
+        ("conversion/a.py", "from gatewright.training import loop", "conversion may import"),
         (
             "papers/a.py",
             "from torch.utils.tensorboard import SummaryWriter",

@@ -224,7 +224,8 @@ def test_every_command_has_help_on_stdout(capsys, name: str):
 def test_ctrl_c_saves_and_resume_goes_on(home: Path, capsys, monkeypatch):
     from gatewright.training.trainer import Trainer
 
-    step = Trainer.advance
+    step, before = Trainer.advance, signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def interrupted(self: Trainer):
         if self.step == 2:
@@ -241,3 +242,4 @@ def test_ctrl_c_saves_and_resume_goes_on(home: Path, capsys, monkeypatch):
     code, text, _ = call(capsys, *argv, "--resume")
     assert (code, json.loads(text)["stopped"], json.loads(text)["steps"]) == (0, False, 6)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)

@@ -9,94 +9,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from gatewright.errors import UserError
 from gatewright.kernels import (
     ACTIVATIONS,
     BACKENDS,
-    DispatchPlan,
     ExpertWeights,
     expert_mlp,
     expert_mlp_sorted,
 )
 from tests.kernels.plans import draw_inputs, draw_weights, plan_of, static_plan
+from tests.kernels.variants import compare, leaves_of, near, scale_of
 from tests.oracle.experts import mixture
 from tests.parts.harness import repeatable
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Experts 0 and 3 stay empty; token 2 loses one choice, token 4 both, token 5 has its expert twice.
 PLACES = [[1, 2], [2, 4], [4, -1], [2, 1], [-1, -1], [4, 4]]
-BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-def leaves_of(weights: ExpertWeights) -> dict[str, Tensor]:
-    """Return the tensors that are there, by name."""
-    named = {name: getattr(weights, name) for name in ("w_in", "w_down", "b_in", "b_down")}
-    return {name: value for name, value in named.items() if value is not None}
-
-
-def scale_of(plan: DispatchPlan, places: list[list[int]], hidden: int) -> tuple[Tensor, dict]:
-    """Return hidden scales [M, F] with a third of them 0, and the same by (token, expert)."""
-    draw = torch.Generator().manual_seed(8)
-    scales: dict[tuple[int, int], Tensor] = {}
-    rows = torch.full((plan.token_ids.shape[0], hidden), math.nan, dtype=torch.float64)
-    for t, experts in enumerate(places):
-        for k, e in enumerate(experts):
-            if e >= 0:
-                if (t, e) not in scales:
-                    scales[t, e] = (torch.rand(hidden, generator=draw) > 1 / 3).double() * 1.5
-                rows[plan.slots[t, k]] = scales[t, e]
-    return rows, scales
-
-
-def near(found: Tensor, wanted: Tensor, bound: float, name: str = "") -> None:
-    """Fail unless the two agree, relative to the largest number."""
-    assert found.shape == wanted.shape
-    assert torch.isfinite(found).all(), name
-    if wanted.numel():
-        error = (found.double() - wanted.double()).abs().max()
-        assert error <= bound * max(wanted.abs().max().item(), 1e-2), f"{name}: {error}"
-
-
-def compare(
-    places: list[list[int]],
-    num_experts: int,
-    backend: str,
-    activation: str,
-    *,
-    width: int = 4,
-    hidden: int = 3,
-    side: str = "output",
-    biased: bool = True,
-    dropped: bool = False,
-    static: bool = False,
-    capacity: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> None:
-    """Hold one case against the oracle: y, and the gradients of everything."""
-    plan = plan_of(places, num_experts)
-    plan = static_plan(plan, capacity) if static else replace(plan, capacity=capacity)
-    plan = replace(plan, weight_side=side)
-    weights = draw_weights(activation, num_experts, width, hidden, dtype, biased)
-    x, combine = draw_inputs(plan, width, dtype)
-    scale, scales = scale_of(plan, places, hidden) if dropped else (None, None)
-    y = expert_mlp(x, plan, combine, weights, backend, None if scale is None else scale.to(dtype))
-    assert y.dtype == dtype
-    named = {"x": x, "combine": combine, **leaves_of(weights)}
-    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in named.items()}
-    biases = {name: exact[name] for name in ("b_in", "b_down") if name in exact}
-    expected = mixture(
-        exact["x"], places, exact["combine"], exact["w_in"], exact["w_down"], activation,
-        side=side, scales=scales, **biases,
-    )  # fmt: skip
-    near(y, expected, BOUND[dtype], "y")
-    direction = torch.linspace(-1, 1, y.numel(), dtype=dtype).reshape(y.shape)
-    found = torch.autograd.grad(y, list(named.values()), direction)
-    total = (expected * direction.double()).sum() + sum(0 * leaf.sum() for leaf in exact.values())
-    wanted = torch.autograd.grad(total, list(exact.values()))
-    for name, one, other in zip(named, found, wanted, strict=True):
-        near(one, other, BOUND[dtype], name)
 
 
 @each_backend
@@ -174,15 +103,16 @@ def test_variants_where_grouped_matmuls_run(backend: str, side: str, dtype: torc
 def test_biases_by_hand(backend: str):
     # One token x = 2 through experts with w_in 1, w_down 3 and ReLU. Expert 0: b_in 1, b_down 10 gives
     # 3 (2 + 1) + 10 = 19; expert 1: b_in -5, b_down 4 gives 3 * 0 + 4 = 4. y = 0.5 * 19 + 0.25 * 4 = 10.5.
+    # Expert 2 gets nothing: where every token meets all experts, `everyone` computes them.
     weights = ExpertWeights(
-        torch.ones(2, 1, 1), torch.full((2, 1, 1), 3.0), "relu",
-        torch.tensor([[1.0], [-5.0]]), torch.tensor([[10.0], [4.0]]).requires_grad_(),
+        torch.ones(3, 1, 1), torch.full((3, 1, 1), 3.0), "relu",
+        torch.tensor([[1.0], [-5.0], [9.0]]), torch.tensor([[10.0], [4.0], [9.0]]).requires_grad_(),
     )  # fmt: skip
     combine = torch.tensor([[0.5, 0.25]])
-    y = expert_mlp(torch.tensor([[2.0]]), plan_of([[0, 1]], 2), combine, weights, backend)
+    y = expert_mlp(torch.tensor([[2.0]]), plan_of([[0, 1]], 3), combine, weights, backend)
     assert y.item() == 10.5
     (grad,) = torch.autograd.grad(y, weights.b_down)
-    assert grad.tolist() == [[0.5], [0.25]]
+    assert grad.tolist() == [[0.5], [0.25], [0.0]]
 
 
 @each_backend

@@ -12,11 +12,13 @@ from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 
 
 def is_everyone(plan: DispatchPlan) -> bool:
-    """Return whether each of T tokens goes to each of E experts exactly once, and its output is weighed."""
+    """Return whether each of T tokens goes to each of E experts exactly once, and its output is weighed.
+    An accelerator is not asked: one would have to wait for its numbers.
+    """
     num_tokens, places = plan.slots.shape
     if places != plan.num_experts or places < 2 or not num_tokens or not plan.all_kept:
         return False
-    if plan.weight_side != "output" or torch.compiler.is_compiling():
+    if plan.weight_side != "output" or torch.compiler.is_compiling() or not plan.slots.is_cpu:
         return False
     return bool((plan.counts == num_tokens).all()) and bool(_hits(plan).all())
 

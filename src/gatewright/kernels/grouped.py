@@ -162,13 +162,15 @@ def _unpack(given: tuple[Any, ...]) -> tuple[_Kept, str, DispatchPlan]:
 
 
 def _compiled_forward(*given: Any) -> tuple[Tensor, Tensor]:
-    return _forward(*_unpack(given))
+    y, pre = _forward(*_unpack(given))
+    # F.grouped_mm pads the rows of what it returns to 16 bytes; the compiler was told that they are not.
+    return y, pre.contiguous()
 
 
 def _compiled_backward(grad_y: Tensor, pre: Tensor, need_x: bool, *given: Any) -> tuple[Tensor, ...]:
     found = _backward(grad_y, pre, *_unpack(given), need_x=need_x)
     # An operator cannot return None: what is not there is an empty tensor.
-    return tuple(pre.new_empty(0) if grad is None else grad for grad in found)
+    return tuple(pre.new_empty(0) if grad is None else grad.contiguous() for grad in found)
 
 
 def _shape_of_forward(*given: Any) -> tuple[Tensor, Tensor]:

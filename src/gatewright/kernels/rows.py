@@ -4,6 +4,8 @@ expert's hold anything, even NaN: no step here reads them into a result.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -16,9 +18,31 @@ _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def aligned(*tensors: Float[Tensor, "..."]) -> bool:
     """Return whether F.grouped_mm takes these: a dtype it knows, row strides that are multiples of 16
-    bytes.
+    bytes; on a GPU, bf16 that starts at such an address, of a GPU that its documentation names.
     """
-    return all(t.dtype in _GROUPED_DTYPES and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
+    return all(t.dtype in _GROUPED_DTYPES and _row_aligned(t) and _device_takes(t) for t in tensors)
+
+
+def _row_aligned(t: Tensor) -> bool:
+    """Return whether rows are dense and start 16 bytes apart, or a multiple of it."""
+    step = 16 // t.element_size()
+    if t.shape[-1] % step or t.stride(-1) != 1:
+        return False
+    return t.dim() < 2 or t.stride(-2) % step == 0
+
+
+def _device_takes(t: Tensor) -> bool:
+    """Return whether the device of `t` has grouped matmuls: a CPU has, a GPU from compute capability 8.0 on,
+    for bf16; elsewhere torch would loop as well, or fail.
+    """
+    if t.is_cpu:
+        return True
+    return t.is_cuda and t.dtype == torch.bfloat16 and t.data_ptr() % 16 == 0 and _capable(t.device)
+
+
+@lru_cache
+def _capable(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def rows_times_weights(
@@ -78,7 +102,7 @@ def gather_sum(rows: Float[Tensor, "M D"], plan: DispatchPlan) -> Float[Tensor, 
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if not plan.all_kept:
         kept = slots >= 0
-        if slots.is_cuda and rows.shape[0] == slots.numel():
+        if not slots.is_cpu and rows.shape[0] == slots.numel():
             # A static plan: rather read a row of zeros than wait for the numbers.
             wide = torch.cat([wide, wide.new_zeros(1, wide.shape[1])])
             slots = torch.where(kept, slots, rows.shape[0])

@@ -82,8 +82,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def build(cache: str | Path | None = None) -> Path:
-    """Return the built library's path, building it where the cache has none.
+def builds_root() -> Path:
+    """Return the folder of builds: $GATEWRIGHT_NATIVE_CACHE, else native/ in the cache."""
+    own = os.environ.get("GATEWRIGHT_NATIVE_CACHE")
+    return Path(own).expanduser().absolute() if own else cache_root() / "native"
+
+
+def build() -> Path:
+    """Return the built library's path, building it where `builds_root` has none.
 
     A failure is written beside where the library would be and is not tried again: delete that folder to.
     Raises: BuildFailure.
@@ -91,7 +97,7 @@ def build(cache: str | Path | None = None) -> Path:
     if not sys.platform.startswith("linux"):
         raise BuildFailure(f"the native kernels are built on Linux only, not on {sys.platform}")
     command = compiler()
-    folder = cache_root(cache) / "native" / build_key(command)
+    folder = builds_root() / build_key(command)
     library, failure = folder / LIBRARY, folder / FAILURE
     if library.exists():
         return library
