@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from gatewright.errors import UserError
 from gatewright.parts.draws import call_key, fold, normal, runs_native
 from gatewright.parts.jitter import jittered
-from gatewright.parts.router import Noise, Routed, Spread, linear_maps
+from gatewright.parts.maps import linear_maps
+from gatewright.parts.router import Noise, Routed, Spread
 from gatewright.parts.routing import Assignment, RoutingCall, select_top
 
 # What a call's key is folded with: one number for each use, so that no two share their draws.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gatewright.errors import UserError
 from gatewright.parts.capacity import Capacity
+from gatewright.parts.maps import linear_maps
 from gatewright.parts.routing import Assignment, RoutingCall, SelectionRule
 from gatewright.parts.scores import ScoreFunction, probabilities, score_function
 
@@ -68,17 +69,6 @@ class Noise(nn.Module):
         Args: `clean` the logits before `on_logits`, `spread` what it returned beside the noisy ones.
         """
         return {}
-
-
-def linear_maps(x: Float[Tensor, "T D"], weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return x times each weight [N, D], computed in `dtype`, out of autocast, as one multiplication."""
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.to(dtype)
-        if len(weights) == 1:
-            return (F.linear(x, weights[0].to(dtype)),)
-        joined = F.linear(x, torch.cat([weight.to(dtype) for weight in weights]))
-    parts = joined.split([weight.shape[0] for weight in weights], dim=1)
-    return tuple(part.contiguous() for part in parts)
 
 
 class Router(nn.Module):

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from gatewright.errors import UserError
 from gatewright.parts.draws import call_key, fold
+from gatewright.parts.maps import linear_maps
 from gatewright.parts.noise import (
     PRIMARY_NOISE,
     SoftplusNoise,
     gate_totals,
     load_total,
 )
-from gatewright.parts.router import Routed, Router, linear_maps
+from gatewright.parts.router import Routed, Router
 from gatewright.parts.routing import Assignment, RoutingCall, check_selection, select_top
 from gatewright.parts.rules.registry import RouterInfo, register
 
