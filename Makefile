@@ -49,8 +49,8 @@ docs: $(STAMPS)/dev ## rewrite README's tree, table of papers and recorded figur
 	$(BIN)/python scripts/references.py
 	$(BIN)/python scripts/figures.py
 
-bench: $(STAMPS)/run ## time sparse against dense layers, sides alternating
-	$(BIN)/python -m benchmarks
+bench: $(STAMPS)/test ## time a sparse layer against dense layers and transformers, sides alternating
+	$(BIN)/gatewright bench layer
 
 planted: $(STAMPS)/test ## plant each fault of tests/planted in a copy: the named test must fail
 	$(BIN)/python scripts/planted.py --jobs $(JOBS)

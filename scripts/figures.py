@@ -32,8 +32,12 @@ def block(name: str, root: Path) -> str:
     """Return the text of one block; one sentence when the result is not recorded yet."""
     path = root / "reproductions" / f"{name}.json"
     if not path.is_file():
-        return f"Not recorded yet; `gatewright reproduce {name.replace('-', '/', 1)}` gives it.\n"
+        own = name.replace("-", " ", 1) if name.startswith("bench-") else None
+        command = own or f"reproduce {name.replace('-', '/', 1)}"
+        return f"Not recorded yet; `gatewright {command}` gives it.\n"
     record = json.loads(path.read_text(encoding="utf-8"))
+    if str(record.get("schema", "")).startswith("gatewright.bench.layer."):
+        return bench_block(record, path.name)
     if "arms" in record:
         return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.
@@ -85,6 +89,72 @@ def arms_block(record: Mapping[str, Any], source: str) -> str:
         f"taken from `reproductions/{source}`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def bench_block(record: Mapping[str, Any], source: str) -> str:
+    """Return a speed grid: geometric means, goals, a line per row, what was left out, and where it was."""
+    lines = [
+        "| geometric mean | rows | ours / best dense | ours / transformers' best "
+        "| transformers' best / best dense | ours / roofline |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for entry in record["geometric_means"]:
+        names = ("dense", "transformers", "transformers_over_dense", "roofline")
+        means = " | ".join("-" if entry[name] is None else f"{entry[name]:.2f}" for name in names)
+        rows = f"{entry['rows']}" + (f" ({entry['refused']} refused)" if entry["refused"] else "")
+        lines.append(f"| {entry['dtype']}, {entry['pass']} | {rows} | {means} |")
+    words = {True: "held", False: "not held", None: "open"}
+    lines += ["", *(f"- {words[g['held']]}: {_goal(g)}" for g in record["goals"]), ""]
+    lines += [
+        "| T x D x F x E x K | dtype, pass | ours | / best dense | / transformers' best | / roofline "
+        "| / fewest experts |",
+        "|---|---|--:|--:|--:|--:|--:|",
+        *map(_bench_row, record["rows"]),
+        "",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        for side, reason in row["left_out"].items():
+            reasons.setdefault(f"{side}: {reason}", []).append(f"{row['name']} {row['dtype']}")
+    lines += [f"- left out: {told} ({', '.join(dict.fromkeys(where))})" for told, where in reasons.items()]
+    for row in record["rows"]:
+        if row["memory"]:
+            shown = [
+                f"{side} {'died' if taken is None else f'{taken / 2**20:.0f} MiB'}"
+                for side, taken in row["memory"].items()
+            ]
+            lines.append(f"- peak memory {row['name']} {row['dtype']}: {', '.join(shown)}")
+    place, how = record["environment"], record["settings"]
+    rates = [f"{name} {rate['median'] / 1e9:.1f} G/s" for name, rate in record["machine"].items()]
+    lines += [
+        "",
+        f"Measured with `{record['command']}` on {place['processor']} ({', '.join(rates)}), "
+        f"{place['threads']} threads, torch {place['torch']}, "
+        f"transformers {how['transformers'] or 'not installed'}, backend {how['backend']}, "
+        f"allocator {how['allocator']}, gradients {how['gradients']} between calls, {how['rounds']} rounds, "
+        f"commit `{place['commit']}`; every number is taken from `reproductions/{source}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _goal(goal: Mapping[str, Any]) -> str:
+    return f"{goal['dtype']}, {goal['pass']}: {goal['goal']}: {goal['shown']}"
+
+
+def _bench_row(row: Mapping[str, Any]) -> str:
+    """Return one row of a speed grid; the reason stands in place of a refused row's ratios."""
+    head = f"| {row['name']} | {row['dtype']}, {row['pass']} |"
+    if row["refused"]:
+        return f"{head} refused: {row['refused']} | | | | |"
+    ratios = row["ratios"]
+    shown = [_range(ratios[name]) for name in ("dense", "transformers")]
+    few = f"{_range(ratios['fewest_experts'])} of {row['fewest_experts']}" if row["fewest_experts"] else "-"
+    ours = 1e3 * row["roofline_seconds"] * ratios["roofline"]["median"]
+    return f"{head} {ours:.2f} ms | {shown[0]} | {shown[1]} | {ratios['roofline']['median']:.2f} | {few} |"
+
+
+def _range(ratio: Mapping[str, float] | None) -> str:
+    return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def _side_row(seed: int, side: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("src", "tests", "scripts", "benchmarks", "docs", "reproductions", "requirements")
+COPIED = ("src", "tests", "scripts", "docs", "reproductions", "requirements")
 PASSED, FAILED, BROKEN = 0, 1, 99  # pytest's exit codes; 2 to 5 mean that no test was judged, 99 is ours
 PYTEST = ("-q", "-x", "--tb=short", "-p", "no:cacheprovider")
 # pytest says that a plugin which is loaded before it cannot have its assertions rewritten; none needs it.

@@ -18,7 +18,6 @@ CLOSED = {
     "tests": "one folder per room; oracle/ is the slow definition; planted/ holds faults to catch",
     "docs": "one page per paper, guides, design.md",
     "reproductions": "recorded results: JSON, figures, and what did not match",
-    "benchmarks": "speed measurements with their raw times",
     "requirements": "pins of the packages that the default corpus is read from",
 }
 # Files that are sent out whole and so carry no comment of their own.

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": LOW,
     "inspection": LOW | {"evaluation"},
     "training": LOW | {"evaluation", "inspection", "parallel"},
+    "measuring": LOW | {"inspection", "training"},
     "generation": LOW | {"evaluation", "training"},
     "experiments": LOW | {"evaluation", "inspection", "training", "parallel", "conversion", "generation"},
     "doctor": LOW,
@@ -35,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "conversion",
         "generation",
         "experiments",
+        "measuring",
         "doctor",
     },
 }

@@ -75,6 +75,30 @@ def test_another_compiler_or_source_is_another_build(
     assert links(fake) == 3
 
 
+def test_a_changed_source_is_compiled_alone_and_a_header_with_all(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    own = tmp_path / "csrc"
+    own.mkdir()
+    for name in ("one.cpp", "two.cpp", "both.h"):
+        (own / name).write_text("")
+    monkeypatch.setattr(room, "SOURCES", own)
+
+    def compiled() -> list[str]:
+        before = len(fake.read_text().splitlines())
+        build()
+        lines = fake.read_text().splitlines()[before:]
+        return sorted(
+            name for line in lines if " -c " in line for name in ("one", "two") if f"/{name}.cpp" in line
+        )
+
+    assert compiled() == ["one", "two"]
+    (own / "two.cpp").write_text("int two;")
+    assert compiled() == ["two"]
+    (own / "both.h").write_text("int both();")
+    assert compiled() == ["one", "two"]
+
+
 def test_a_failure_says_why_and_is_not_tried_at_every_start(fake: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FAIL", "1")
     with pytest.raises(

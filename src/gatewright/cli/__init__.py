@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "papers": "the lineage of Mixture-of-Experts and what each paper added",
     "routers": "every routing rule: scores, selection, weights, losses, causal or not",
     "data": "profile the text that a run would train on",
+    "bench": "time a layer against dense layers and transformers, or every router, on this machine",
     "doctor": "check this installation and machine",
     "reproduce": "rebuild a recorded result: gatewright reproduce PAPER/TABLE",
 }

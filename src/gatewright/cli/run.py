@@ -137,8 +137,9 @@ def command(argv: list[str], work: Callable[[list[str], Common], Outcome]) -> in
     return run_command(whole, as_json=as_json, debug=debug)
 
 
-def prepare_process(threads: int = 0) -> None:
+def prepare_process(threads: int = 0, keep_memory: bool = True) -> bool:
     """Make this process ready for heavy work: torch's CPU threads (0 = its own choice), freed memory kept.
+    Return whether it is kept.
 
     Both are process-wide, so a command does it, never the library. Raises UserError below 0.
     """
@@ -152,4 +153,4 @@ def prepare_process(threads: int = 0) -> None:
 
     if threads:
         torch.set_num_threads(threads)
-    keep_big_blocks()
+    return keep_memory and keep_big_blocks()

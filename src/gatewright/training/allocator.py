@@ -22,3 +22,15 @@ def keep_big_blocks(largest: int = 1 << 30) -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, largest)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_big_blocks(smallest: int = 1 << 16) -> bool:
+    """Tell glibc to give blocks of `smallest` bytes and more back to the system as soon as they are freed.
+
+    Process-wide, and slow: for measuring how much memory is in use. Returns whether it took effect.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, smallest))

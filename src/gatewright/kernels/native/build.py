@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,21 +55,19 @@ def _flags() -> tuple[str, ...]:
     return (*FLAGS, own)
 
 
-def build_key(command: str) -> str:
-    """Return the name of this source, torch, compiler and processor's build: 20 hex digits."""
+def _digest(command: str, files: Iterable[Path]) -> str:
+    """Return 20 hex digits of these files, torch, the compiler, its flags and the processor."""
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [
-        torch.__version__,
-        str(torch.version.git_version),
-        version,
-        _processor(),
-        *_flags(),
-        sys.platform,
-    ]
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for path in sorted(SOURCES.iterdir()):
+    parts = [torch.__version__, str(torch.version.git_version), version, _processor(), sys.platform]
+    digest = hashlib.sha256("\0".join([*parts, *_flags()]).encode())
+    for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:20]
+
+
+def build_key(command: str) -> str:
+    """Return the name of this source, torch, compiler and processor's build: 20 hex digits."""
+    return _digest(command, sorted(SOURCES.iterdir()))
 
 
 @contextlib.contextmanager
@@ -119,22 +117,28 @@ def _announce(folder: Path) -> None:
 
 
 def _compile(command: str, folder: Path, library: Path, failure: Path) -> None:
-    """Compile every source beside the others, link, and put the library in its place whole."""
+    """Compile what has changed, link, and put the library in its place whole."""
     base = Path(torch.__file__).parent
     include = [f"-I{base / 'include'}", f"-I{base / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    sources = sorted(SOURCES.glob("*.cpp"))
+    headers = sorted(SOURCES.glob("*.h"))
+    ready = folder.parent / "objects"
+    ready.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as place:
-        objects = [Path(place) / f"{source.stem}.o" for source in sources]
-        calls = [
-            [command, *_flags(), abi, *include, "-c", str(source), "-o", str(target)]
-            for source, target in zip(sources, objects, strict=True)
-        ]
+
+        def object_of(source: Path) -> str:
+            target = ready / f"{source.stem}-{_digest(command, [source, *headers])}.o"
+            if not target.exists():
+                made = Path(place) / f"{source.stem}.o"
+                _run([command, *_flags(), abi, *include, "-c", str(source), "-o", str(made)], failure)
+                os.replace(made, target)
+            return str(target)
+
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(lambda call: _run(call, failure), calls))
+            objects = list(pool.map(object_of, sorted(SOURCES.glob("*.cpp"))))
         # Without -fopenmp here: the OpenMP that torch has loaded is found through torch's own library.
         made = Path(place) / LIBRARY
-        link = [command, "-shared", *map(str, objects), "-o", str(made)]
+        link = [command, "-shared", *objects, "-o", str(made)]
         _run([*link, f"-L{base / 'lib'}", "-ltorch_cpu", "-lc10"], failure)
         os.replace(made, library)
 

@@ -12,6 +12,10 @@
 #include "pool.h"
 #include "tasks.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace gatewright {
 
 // The tensors of a call, in the order of the operators' arguments.
@@ -83,6 +87,30 @@ inline void take_row(const T* from, int64_t n, float scale, T* to, int64_t padde
     for (int64_t j = 0; j < n; ++j) to[j] = narrow<T>(widen(from[j]) * scale);
   }
   for (int64_t j = n; j < padded; ++j) to[j] = narrow<T>(0.0f);
+}
+
+// Stores a row that nobody reads soon, past the caches where it fills whole lines of them.
+template <class T>
+inline void stream_row(const float* from, int64_t n, T* to) {
+#if defined(__AVX512F__)
+  constexpr int64_t line = 64 / sizeof(T);
+  if (n % line == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (int64_t j = 0; j < n; j += line) {
+      alignas(64) T numbers[line];
+      for (int64_t i = 0; i < line; ++i) numbers[i] = narrow<T>(from[j + i]);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), _mm512_load_si512(numbers));
+    }
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < n; ++j) to[j] = narrow<T>(from[j]);
+}
+
+// Makes streamed rows visible to other threads.
+inline void end_of_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 template <class T>

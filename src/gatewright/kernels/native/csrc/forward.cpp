@@ -35,6 +35,7 @@ class Forward {
     run_tasks(tasks.size(), threads, [&](int64_t task, int thread) {
       compute(tasks[task], scratch.as<char>() + thread * layout_.size());
       end_of_multiplying();
+      end_of_streaming();
     });
     if (s_.K != 1) gather_sum<T>(out_.template as<T>(), in_.slots, s_, y_);
   }
@@ -79,10 +80,7 @@ class Forward {
       bias += expert * H;
       for (int64_t j = 0; j < H; ++j) a[j] += widen(bias[j]);
     }
-    if (pre_ != nullptr) {
-      T* kept = pre_ + row * H;
-      for (int64_t j = 0; j < H; ++j) kept[j] = narrow<T>(a[j]);
-    }
+    if (pre_ != nullptr) stream_row(a, H, pre_ + row * H);
     const float weight = weight_or_one(row_weights_.as<float>(), row, !in_.weigh_input);
     if (const T* scale = data<T>(in_.hidden_scale)) {
       scale += row * F;

@@ -1,1 +1,0 @@
-"""Speed of sparse layers against dense ones, on this machine, in pairs."""

@@ -1,0 +1,44 @@
+"""`gatewright bench [layer|routers]`: what a layer, or every router, costs on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .run import Common, Outcome, command, fail, prepare_process
+
+# Word -> settings class and function, both of gatewright.measuring; the first is what no word means.
+KINDS = {"layer": ("BenchRun", "bench_layer"), "routers": ("RoutersRun", "bench_routers")}
+INTRO = (
+    "layer, the default: one expert layer against dense layers and transformers.\n"
+    "routers: every routing rule against plain token choice."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; exit code 1 when the machine was too busy for some rows."""
+    return command(argv, work)
+
+
+def work(argv: list[str], common: Common) -> Outcome:
+    """Measure and return the result; rows that were refused are named on stderr."""
+    from .. import measuring
+    from ..errors import RunFailure, UserError, did_you_mean
+    from .parse import settings_from, take_words
+
+    words, rest = take_words(argv, most=1)
+    kind = words[0] if words else next(iter(KINDS))
+    if kind not in KINDS:
+        near = did_you_mean(kind, KINDS)
+        raise UserError(f"gatewright bench {kind}: unknown{near}; allowed: {', '.join(KINDS)}")
+    settings, function = (getattr(measuring, name) for name in KINDS[kind])
+    (run,) = settings_from(rest, settings, prog=f"gatewright bench {kind}", toml=common.from_, intro=INTRO)
+    kept = prepare_process(run.threads, keep_memory=run.allocator == "kept")
+    # What took effect is what is recorded.
+    run = dataclasses.replace(run, allocator="kept" if kept else "default")
+    result: Any = function(run)
+    try:
+        result.check()
+    except RunFailure as refused:
+        return Outcome(result.to_dict(), result.to_text(), fail(str(refused), refused.exit_code))
+    return Outcome(result.to_dict(), result.to_text())

@@ -1,0 +1,132 @@
+"""Time every named router against plain token choice: x to Assignment and back, sides alternating."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gatewright.measuring.rounds import Turn, check_rounds, paired, time_rounds
+from gatewright.measuring.run import Allocator
+from gatewright.parts import RouterInfo, RoutingCall, all_routers, build_router
+from gatewright.training.checkpoint import write_atomic
+from gatewright.training.runlog import Progress
+from gatewright.training.workplace import command_line, environment, now, own_folder
+
+TOKENS, WIDTH, NUM_EXPERTS, NUM_SELECTED = 16_384, 256, 64, 2
+OWN, PLAIN = "own", "plain"
+
+
+@dataclass(frozen=True)
+class RoutersRun:
+    """Time every named router against plain token choice, forward and backward."""
+
+    rounds: int = 15
+    """rounds per router, 11 or more; in each of them both sides run once"""
+    threads: int = 0
+    """CPU threads; 0 is torch's own choice"""
+    allocator: Allocator = "kept"
+    """big blocks of freed memory stay in the process (kept) or go back to the system (default)"""
+    out: str = "runs/bench"
+    """folder of the result: routers.json"""
+
+    def __post_init__(self) -> None:
+        check_rounds(self.rounds)
+
+
+@dataclass(frozen=True)
+class RoutersResult:
+    """A row per router; `record` is what routers.json holds."""
+
+    record: Mapping[str, Any]
+    path: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**self.record, "files": [self.path]}
+
+    def check(self) -> None:
+        """Nothing here is refused; the range of each ratio says how quiet the machine was."""
+
+    def to_text(self) -> str:
+        """Return a line per router."""
+        head = (
+            f"{TOKENS} tokens of width {WIDTH}, {NUM_EXPERTS} experts; time over token choice (10th to 90th)"
+        )
+        return "\n".join([head, *map(router_line, self.record["rows"]), "", self.path])
+
+
+def router_line(row: Mapping[str, Any]) -> str:
+    """Return one router's ratio as a line."""
+    return f"{row['router']:20s} {row['ratio']:6.2f}  ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def bench_routers(run: RoutersRun, say: Callable[[str], None] | None = None) -> RoutersResult:
+    """Time every named router, write `routers.json`, and return the result.
+
+    Threads and allocator are the process's own. Args: `say` takes a line of progress per router; None
+    writes to stderr.
+    """
+    say = say or Progress("bench").say
+    with own_folder(Path(run.out)) as out:
+        rows = []
+        for info in all_routers():
+            # BASE solves an assignment problem: seconds, said so, and not worth eleven of them.
+            rows.append(time_router(info, 1 if info.name == "base" else run.rounds))
+            say(router_line(rows[-1]))
+        record = {
+            "schema": "gatewright.bench.routers.v1",
+            "command": command_line(),
+            "created": now(),
+            "environment": environment("cpu"),
+            "settings": {"rounds": run.rounds, "allocator": run.allocator},
+            "rows": rows,
+        }
+        write_atomic(out / "routers.json", json.dumps(record, indent=1) + "\n")
+    return RoutersResult(record, str(out / "routers.json"))
+
+
+def selected_by(info: RouterInfo) -> int:
+    """Return the K that a router is timed with: its own, or NUM_SELECTED."""
+    own = {"dense": NUM_EXPERTS, "mixture_of_depths": 1, "hierarchical": 4}
+    return info.fixed_selected or own.get(info.name, NUM_SELECTED)
+
+
+def time_router(info: RouterInfo, rounds: int, tokens: int = TOKENS) -> dict[str, Any]:
+    """Return the ratio of one router's time to plain token choice of the same K (2 for the dense rule)."""
+    selected = selected_by(info)
+    plain = "token_choice_raw" if selected == 1 else "token_choice"
+    of_plain = NUM_SELECTED if selected == NUM_EXPERTS else selected
+    sides = {PLAIN: _side(plain, tokens, of_plain), OWN: _side(info.name, tokens, selected)}
+    for side in sides.values():
+        side.call()
+    seconds = time_rounds(sides, rounds, time.perf_counter)
+    found = paired(seconds[OWN], seconds[PLAIN])
+    shown = {"ratio": found.median, "low": found.low, "high": found.high}
+    return {"router": info.name, "num_selected": selected, **shown, "seconds": seconds}
+
+
+def _side(name: str, tokens: int, num_selected: int) -> Turn:
+    """Return a turn that routes forward and backward once."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        num_experts = 1 if name == "mixture_of_depths" else NUM_EXPERTS
+        router = build_router(name, WIDTH, num_experts, num_selected)
+        with torch.no_grad():
+            router.weight.normal_(std=WIDTH**-0.5)
+        x = torch.randn(tokens, WIDTH, requires_grad=True)
+        call = RoutingCall(training=True, key=torch.tensor(1), token_ids=torch.randint(256, (tokens,)))
+
+    def run() -> None:
+        routed = router.route(x, call)
+        own = [value.sum() for value in routed.assignment.sums.values() if value.requires_grad]
+        total = routed.assignment.weights.sum() + routed.probabilities.sum() + sum(own)
+        if total.requires_grad:
+            total.backward()
+
+    return Turn(run, lambda: None)

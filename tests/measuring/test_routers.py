@@ -1,0 +1,43 @@
+"""Every router is timed against plain token choice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gatewright.errors import UserError
+from gatewright.measuring import RoutersRun, bench_routers, routers
+from gatewright.parts import all_routers, router_info
+
+
+def test_a_router_keeps_every_round_of_both_sides():
+    row = routers.time_router(router_info("deepseek_v3"), 11, tokens=64)
+    assert [len(row["seconds"][side]) for side in ("plain", "own")] == [11, 11]
+    assert row["low"] <= row["ratio"] <= row["high"]
+
+
+def test_every_router_is_timed(tmp_path: Path, monkeypatch):
+    timed: list[tuple[str, int]] = []
+
+    def fake(info, rounds):
+        timed.append((info.name, rounds))
+        return {"router": info.name, "ratio": 1.25, "low": 1.2, "high": 1.3}
+
+    monkeypatch.setattr(routers, "time_router", fake)
+    lines: list[str] = []
+    result = bench_routers(RoutersRun(rounds=11, out=str(tmp_path)), lines.append)
+    assert [name for name, _ in timed] == [info.name for info in all_routers()]
+    # The optimal assignment takes seconds: once is enough to say so.
+    assert {name for name, rounds in timed if rounds < 11} == {"base"}
+    record = json.loads((tmp_path / "routers.json").read_text())
+    assert record["schema"] == "gatewright.bench.routers.v1"
+    assert len(record["rows"]) == len(timed) == len(lines)
+    assert result.to_text().count("1.25  (1.20 to 1.30)") == len(timed)
+    assert result.to_dict()["files"] == [str(tmp_path / "routers.json")]
+
+
+def test_few_rounds_are_refused():
+    with pytest.raises(UserError, match="rounds 3"):
+        RoutersRun(rounds=3)
