@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 OUT ?= runs/quickstart
 # Planted faults that are judged at a time.
 JOBS ?= 2
+# Processes that share the tests, one thread each; 0 runs them in one.
+WORKERS ?= 2
 # Seconds that one test may take before it is stopped and named.
 TEST_TIMEOUT ?= 120
 
@@ -28,7 +30,7 @@ quickstart: $(STAMPS)/run $(STAMPS)/corpus ## set up, race a sparse model agains
 	@echo "The report: $(OUT)/report.html"
 
 test: $(STAMPS)/test $(STAMPS)/corpus ## set up and run every test
-	$(BIN)/python -m pytest --timeout=$(TEST_TIMEOUT)
+	$(BIN)/python -m pytest --timeout=$(TEST_TIMEOUT) -n $(WORKERS) --dist loadfile
 
 check: lint types ## lint, types and the cheap tests: what pre-commit runs
 	$(BIN)/python -m pytest -q --timeout=$(TEST_TIMEOUT) tests/test_architecture.py tests/test_docs.py \

@@ -6,6 +6,8 @@ import os
 
 # Before torch is imported: many small tests are faster on one thread, and two runs do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: whatever was set, one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook

@@ -25,6 +25,7 @@ from gatewright.parts.rules.top_p import TopP
 from gatewright.parts.scores import SCORES
 from gatewright.parts.selection_bias import SelectionBias
 from gatewright.testing import RULES, Mismatch, Report, check_router
+from tests.noisy_routers import NOISY
 
 Pair = tuple[Tensor, Tensor]
 
@@ -103,6 +104,7 @@ OWN: dict[str, Callable[..., Pair]] = {
         seen(Sinkhorn(logits.shape[1], k, 1e-6, 100), "sigmoid" if k == 1 else "softmax")(logits, **mask)
     ),
     "base": lambda logits, k, **mask: pair(seen(Base(), "sigmoid")(logits, **mask)),
+    **NOISY,
 }
 
 

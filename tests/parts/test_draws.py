@@ -212,11 +212,13 @@ def test_a_call_without_a_key_draws_one_that_the_seed_fixes():
 PROGRAM = """
 import torch
 from gatewright.parts import RoutingCall
-from gatewright.parts.draws import call_key, fold, gumbel, normal, uniform
+from gatewright.parts.draws import call_key, centred, fold, gumbel, normal, uniform
+from gatewright.parts.jitter import jittered
 
 def run(key, x):
     own = fold(call_key(RoutingCall(key=key), x.device), 3, -1)
-    return [draw(own, tuple(x.shape), x.device, x.dtype) for draw in (uniform, normal, gumbel)]
+    draws = [draw(own, tuple(x.shape), x.device, x.dtype) for draw in (uniform, normal, gumbel, centred)]
+    return [*draws, jittered(x + 1, own, 0.01)]
 
 x, key = torch.zeros(2100, 64), torch.tensor(5)
 eager = run(key, x)

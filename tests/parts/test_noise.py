@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gatewright.errors import UserError
 from gatewright.parts import Assignment, MoELayer, Router, RoutingCall
-from gatewright.parts.draws import fold, normal, uniform
+from gatewright.parts.draws import centred, fold, normal
 from gatewright.parts.noise import (
     INPUT_NOISE,
     LOGIT_NOISE,
@@ -40,9 +40,9 @@ def table(*rows: list[float]) -> Tensor:
 def test_jitter_multiplies_every_element_by_its_own_factor():
     x = torch.full((400, 50), 2.0)
     seen = InputJitter(0.1).on_input(x, TRAINING)
-    u = uniform(fold(KEY, INPUT_NOISE), (400, 50), CPU)
-    # A factor 1 - eps + 2 eps u: .9 at u = 0, 1.1 at u = 1.
-    torch.testing.assert_close(seen, 2 * (0.9 + 0.2 * u))
+    u = centred(fold(KEY, INPUT_NOISE), (400, 50), CPU)
+    # A factor 1 + eps u: .9 at u = -1, 1.1 at u = 1.
+    torch.testing.assert_close(seen, 2 * (1 + 0.1 * u))
     assert seen.min() >= 1.8
     assert seen.max() <= 2.2
     assert abs(seen.mean() - 2) < 2 * 4 * 0.1 / math.sqrt(3 * x.numel())

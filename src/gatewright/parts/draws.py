@@ -9,12 +9,14 @@ the device's own erfinv and log.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int16, Int32, Int64
 from torch import Tensor
 
+from gatewright.kernels import native
 from gatewright.parts.routing import RoutingCall
 
 # Multipliers of SplitMix64 (Steele, Lea and Flood 2014) and of Wellons' two-round 32-bit mixer, as signed.
@@ -25,8 +27,8 @@ _MIX32 = (0x21F0AAAD, 0xD35A2D97 - 2**32)
 # Random bits of one element: all that the dtype holds exactly below 1 (float64 takes float32's numbers).
 _BITS = {torch.float32: 24, torch.float64: 24, torch.bfloat16: 8, torch.float16: 11}
 
-# Elements worked on at a time outside compiled code: what stays in a core's cache.
-_CHUNK = 2**17
+# Words worked on at a time outside compiled code: what stays in a core's cache; fewer are one piece.
+CHUNK, _LEAST_CHUNKED = 2**17, 2**12
 
 
 def _shifted(x: Tensor, places: int, width: int) -> Tensor:
@@ -56,12 +58,57 @@ def _mix32(x: Tensor, start: Tensor, step: Tensor) -> Tensor:
     """Turn counters x [n] int32 into random ones of a stream, in place."""
     x *= step
     x += start
-    x ^= _shifted(x, 16, 32)
-    x *= _MIX32[0]
-    x ^= _shifted(x, 15, 32)
-    x *= _MIX32[1]
-    x ^= _shifted(x, 15, 32)
+    return _scramble(x, None)
+
+
+def _scramble(x: Tensor, spare: Tensor | None) -> Tensor:
+    """Mix int32 words in place; `spare` is a place of their size to work in."""
+    for places, factor in ((16, _MIX32[0]), (15, _MIX32[1]), (15, None)):
+        # With zeros from above, as `_shifted`, but in place.
+        y = x >> places if spare is None else torch.bitwise_right_shift(x, places, out=spare)
+        y &= (1 << (32 - places)) - 1
+        x ^= y
+        if factor is not None:
+            x *= factor
     return x
+
+
+class Stream:
+    """The 32-bit words of one key: word i is a pure function of (key, i)."""
+
+    def __init__(self, key: Tensor, device: torch.device) -> None:
+        self.device = torch.device(device)
+        words = _mix64(key.to(self.device) ^ _STEP)
+        # Both halves as signed 32-bit numbers. Each key has its own odd step: no two streams run in parallel.
+        self.start, self.step = ((words << 32) >> 32).to(torch.int32), ((words >> 32) | 1).to(torch.int32)
+
+    def words(self, size: int) -> Int32[Tensor, "N"]:
+        """Return the first words, [size] int32."""
+        counters = torch.arange(size, dtype=torch.int32, device=self.device)
+        return _mix32(counters, self.start, self.step)
+
+    def chunks(self, size: int) -> Iterator[tuple[int, Int32[Tensor, "N"]]]:
+        """Yield the first `size` words a cache's worth at a time, (begin, words), in one place that is
+        written anew.
+        """
+        most = max(min(size, CHUNK), 1)
+        counters = torch.arange(most, dtype=torch.int32, device=self.device).mul_(self.step)
+        x, spare = torch.empty_like(counters), torch.empty_like(counters)
+        for begin in range(0, size, most):
+            n = min(most, size - begin)
+            torch.add(counters[:n], self.start + begin * self.step, out=x[:n])
+            yield begin, _scramble(x[:n], spare[:n])
+
+
+def in_chunks(device: torch.device, size: int) -> bool:
+    """Return whether so many words are worked on in chunks: outside compiled code, on the CPU."""
+    return size > _LEAST_CHUNKED and device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def runs_native(size: int, *tensors: Tensor) -> bool:
+    """Return whether C++ works on fp32 tensors that lead to so many numbers: it pays, and it is there."""
+    fits = all(one.dtype == torch.float32 and one.is_contiguous() for one in tensors)
+    return fits and in_chunks(tensors[0].device, size) and native.is_ready()
 
 
 def _draw(
@@ -69,36 +116,41 @@ def _draw(
     shape: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype,
+    low: int,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return numbers on `dtype`'s grid in [0, 1); with `transform`, what it makes, in place, of the middles
-    of the grid's cells, so that it meets neither 0 nor 1.
+    """Return numbers on `dtype`'s grid in [low, 1), low 0 or -1; with `transform`, what it makes, in place,
+    of the middles of the cells of a grid twice as coarse, so that it meets neither end.
     """
     if dtype not in _BITS:
         raise TypeError(f"dtype {dtype}; allowed: {', '.join(str(known) for known in _BITS)}")
-    device = torch.device(device)
-    words = _mix64(key.to(device) ^ _STEP)
-    # Both halves as signed 32-bit numbers. Each key has its own odd step, so no two streams run in parallel.
-    start, step = ((words << 32) >> 32).to(torch.int32), ((words >> 32) | 1).to(torch.int32)
     wide = dtype if transform is None else torch.promote_types(dtype, torch.float32)
     bits = _BITS[wide] if transform is None else _BITS[wide] - 1
-    cell = 2.0**-bits
+    cell = (1 - low) * 2.0**-bits
+    middle = (1 + low) / 2 + (0 if transform is None else cell / 2)
 
-    def numbers(begin: int, end: int) -> Float[Tensor, "N"]:
-        x = _mix32(torch.arange(begin, end, dtype=torch.int32, device=device), start, step)
-        x >>= 32 - bits
-        u = x.to(wide)
-        u *= cell
-        u += 0.5
-        return u if transform is None else transform(u.add_(cell / 2))
+    def numbers(words: Tensor, place: Tensor) -> Tensor:
+        words >>= 32 - bits
+        place.copy_(words)
+        place *= cell
+        place += middle
+        return place if transform is None else transform(place)
 
-    size = math.prod(shape)
-    if torch.compiler.is_compiling() or device.type != "cpu" or size <= _CHUNK:
-        return numbers(0, size).to(dtype).reshape(shape)
-    out = torch.empty(size, dtype=dtype)
-    for begin in range(0, size, _CHUNK):
-        place = out[begin : begin + _CHUNK]
-        place.copy_(numbers(begin, begin + place.shape[0]))
+    stream, size = Stream(key, device), math.prod(shape)
+    out = torch.empty(size, dtype=dtype, device=stream.device)
+    if not in_chunks(stream.device, size):
+        words = stream.words(size)
+        return numbers(words, words.to(wide)).to(dtype).reshape(shape)
+    if runs_native(size, out):
+        torch.ops.gatewright.draw_uniform_(out, stream.start, stream.step, 32 - bits, cell, middle)
+        return (out if transform is None else transform(out)).reshape(shape)
+    spare = out if wide == dtype else torch.empty(min(size, CHUNK), dtype=wide)
+    for begin, words in stream.chunks(size):
+        place = out[begin : begin + words.shape[0]]
+        if wide == dtype:
+            numbers(words, place)
+        else:
+            place.copy_(numbers(words, spare[: words.shape[0]]))
     return out.reshape(shape)
 
 
@@ -113,7 +165,30 @@ def uniform(
     Element i, in row-major order, depends on (key, i) alone, whatever the shape; at most 2 ** 31 elements.
     float64 holds float32's numbers.
     """
-    return _draw(key, shape, device, dtype)
+    return _draw(key, shape, device, dtype, 0)
+
+
+def centred(
+    key: Int64[Tensor, ""],
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "..."]:
+    """Return numbers uniform in [-1, 1), multiples of 2 ** -15: two for each word, so half as dear as others.
+
+    Element i, in row-major order, depends on (key, i) alone: it is the low half of word i / 2 for even i,
+    else the high half.
+    """
+    size = math.prod(shape)
+    words = Stream(key, device).words((size + 1) // 2)
+    return (halves(words)[:size].to(dtype) * 2.0**-15).reshape(shape)
+
+
+def halves(words: Int32[Tensor, "N"]) -> Int16[Tensor, "M"]:
+    """Return the halves of each word, low before high, [N] -> [2 N]."""
+    if words.device.type == "cpu" and sys.byteorder == "little" and not torch.compiler.is_compiling():
+        return words.view(torch.int16)
+    return torch.stack([(words << 16) >> 16, words >> 16], dim=-1).to(torch.int16).flatten()
 
 
 def uniform_rows(
@@ -137,8 +212,8 @@ def normal(
 
     Element i depends on (key, i) alone. None is more than 5.3 from 0, where one in 8 million would lie.
     """
-    # 2 u - 1 is exact, and never -1 or 1, where erfinv is infinite.
-    return _draw(key, shape, device, dtype, lambda u: u.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2)))
+    # Never -1 or 1, where erfinv is infinite.
+    return _draw(key, shape, device, dtype, -1, lambda u: u.erfinv_().mul_(math.sqrt(2)))
 
 
 def gumbel(
@@ -151,7 +226,7 @@ def gumbel(
 
     Element i depends on (key, i) alone. All are between -2.9 and 16.7.
     """
-    return _draw(key, shape, device, dtype, lambda u: u.log_().neg_().log_().neg_())
+    return _draw(key, shape, device, dtype, 0, lambda u: u.log_().neg_().log_().neg_())
 
 
 def call_key(call: RoutingCall, device: torch.device) -> Int64[Tensor, ""]:

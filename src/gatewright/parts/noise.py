@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from gatewright.errors import UserError
-from gatewright.parts.draws import call_key, fold, normal, uniform
+from gatewright.parts.draws import call_key, fold, normal, runs_native
+from gatewright.parts.jitter import jittered
+from gatewright.parts.maps import linear_maps
 from gatewright.parts.router import Noise, Routed, Spread
 from gatewright.parts.routing import Assignment, RoutingCall, select_top
 
@@ -134,8 +136,7 @@ class InputJitter(Noise):
     def on_input(self, x: Float[Tensor, "T D"], call: RoutingCall) -> Float[Tensor, "T D"]:
         """Return x times its noise, in at least fp32: bf16 holds few factors this close to 1."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        u = uniform(fold(call_key(call, x.device), INPUT_NOISE), tuple(x.shape), x.device, wide)
-        return x.to(wide) * u.mul_(2 * self.eps).add_(1 - self.eps)
+        return jittered(x.to(wide), fold(call_key(call, x.device), INPUT_NOISE), self.eps)
 
 
 class LogitNoise(Noise):
@@ -205,8 +206,22 @@ class SoftplusNoise(Noise):
         self, x: Float[Tensor, "T D"], logits: Float[Tensor, "T E"], call: RoutingCall
     ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
         """Return H, the noisy logits, and softplus(x W_noise) + epsilon; W_noise computes as W_g does."""
-        with torch.autocast(x.device.type, enabled=False):
-            std = F.softplus(F.linear(x.to(logits.dtype), self.weight.to(logits.dtype)))
+        (mapped,) = linear_maps(x, (self.weight,), logits.dtype)
+        return self.on_mapped(x, logits, (mapped,), call)
+
+    def maps(self) -> tuple[Tensor, ...]:
+        """Return W_noise: one multiplication by it and W_g costs less than two."""
+        return (self.weight,)
+
+    def on_mapped(
+        self,
+        x: Float[Tensor, "T D"],
+        logits: Float[Tensor, "T E"],
+        mapped: Sequence[Tensor],
+        call: RoutingCall,
+    ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
+        """Return what `on_logits` does, `mapped` being x W_noise."""
+        std = F.softplus(mapped[0])
         std = std + self.epsilon if self.epsilon else std
         key = fold(call_key(call, x.device), LOGIT_NOISE)
         return torch.addcmul(logits, std, normal(key, tuple(logits.shape), x.device, logits.dtype)), std
@@ -225,5 +240,54 @@ def _total_load(clean: Tensor, spread: Spread, routed: Routed, call: RoutingCall
     own = routed.assignment
     # The rows of padding name no expert, and are not summed.
     chosen = own.experts.clamp(min=0)
-    load = load_estimate(clean, routed.logits, spread, own.num_selected, excluding, chosen)
-    return total_over_tokens(load, call.mask)
+    return load_total(clean, routed.logits, spread, own.num_selected, excluding, chosen, call.mask).squeeze(0)
+
+
+def load_total(
+    clean: Float[Tensor, "T E"],
+    noisy: Float[Tensor, "T E"],
+    std: Float[Tensor, "T E"] | float,
+    num_selected: int,
+    excluding: bool,
+    chosen: Int64[Tensor, "T K"],
+    mask: Bool[Tensor, "T"] | None,
+    groups: int = 1,
+) -> Float[Tensor, "G E"]:
+    """Return `load_estimate` summed over the real tokens of each of G groups, [G, E]: row t is of group
+    t % G. Where C++ runs, there is no [T, E] between.
+    """
+    if num_selected < clean.shape[-1] and runs_native(clean.numel(), clean, noisy):
+        given = std if isinstance(std, Tensor) else clean.new_full((1,), std)
+        if given.dtype == torch.float32:
+            return _LoadTotal.apply(clean, noisy, given.contiguous(), chosen, mask, excluding, groups)
+    load = load_estimate(clean, noisy, std, num_selected, excluding, chosen)
+    load = load if mask is None else torch.where(mask.unsqueeze(-1), load, 0)
+    return load.view(-1, groups, load.shape[1]).sum(dim=0)
+
+
+class _LoadTotal(torch.autograd.Function):
+    """`_Load` and its sum in one pass each way, in C++."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        clean: Tensor,
+        noisy: Tensor,
+        std: Tensor,
+        chosen: Tensor,
+        mask: Tensor | None,
+        excluding: bool,
+        groups: int,
+    ) -> Tensor:
+        given = (clean, noisy, std, chosen.contiguous(), None if mask is None else mask.contiguous())
+        ctx.save_for_backward(*given)
+        ctx.settings = excluding, groups
+        return torch.ops.gatewright.load_forward(*given, excluding, groups)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch.ops.gatewright.load_backward(
+            gradient.contiguous(), *ctx.saved_tensors, *ctx.settings, ctx.needs_input_grad[2]
+        )
+        of_std = found[2] if ctx.needs_input_grad[2] else None
+        return found[0], found[1], of_std, None, None, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gatewright.errors import UserError
 from gatewright.kernels import FusedRoute, fused_route
 from gatewright.parts.capacity import Capacity
+from gatewright.parts.maps import linear_maps
 from gatewright.parts.routing import Assignment, RoutingCall, SelectionRule, top_k_of
 from gatewright.parts.scores import ScoreFunction, native_name, probabilities, score_function
 
@@ -93,6 +94,20 @@ class Noise(nn.Module):
         """Return the logits that scores and choices are taken from, and their noise's standard deviation."""
         return logits, None
 
+    def maps(self) -> tuple[Tensor, ...]:
+        """Return the weights of further linear maps of the tokens that the noise is made of."""
+        return ()
+
+    def on_mapped(
+        self,
+        x: Float[Tensor, "T D"],
+        logits: Float[Tensor, "T E"],
+        mapped: Sequence[Tensor],
+        call: RoutingCall,
+    ) -> tuple[Float[Tensor, "T E"], Spread]:
+        """Return what `on_logits` does; `mapped` holds x times each of `maps`."""
+        return self.on_logits(x, logits, call)
+
     def sums(
         self, clean: Float[Tensor, "T E"], spread: Spread, routed: Routed, call: RoutingCall
     ) -> Mapping[str, Tensor]:
@@ -149,6 +164,13 @@ class Router(nn.Module):
                 x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
             )
 
+    def _mapped(self, x: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the logits and x times each other weight."""
+        wide = torch.float64 if x.dtype == torch.float64 else self.dtype
+        if not others or self.bias is not None or type(self).forward is not Router.forward:
+            return (self(x), *(linear_maps(x, (other,), wide)[0] for other in others))
+        return linear_maps(x, (self.weight, *others), wide)
+
     def route(self, x: Float[Tensor, "T D"], call: RoutingCall) -> Routed:
         """Return logits, scores and the Assignment of T tokens. Raises: UserError without a rule."""
         if self.rule is None:
@@ -156,11 +178,11 @@ class Router(nn.Module):
                 "this router has no rule to select by; give it one: Router(..., rule=TokenChoice(2))"
             )
         noise = self.noise if call.training else None
-        clean = self(x if noise is None else noise.on_input(x, call))
-        logits, spread = (clean, None) if noise is None else noise.on_logits(x, clean, call)
-        routed = self._routed(logits, call)
         if noise is None:
-            return routed
+            return self._routed(self(x), call)
+        clean, *mapped = self._mapped(noise.on_input(x, call), noise.maps())
+        logits, spread = noise.on_mapped(x, clean, mapped, call)
+        routed = self._routed(logits, call)
         return routed.with_sums({**routed.assignment.sums, **noise.sums(clean, spread, routed, call)})
 
     def _routed(self, logits: Float[Tensor, "T E"], call: RoutingCall) -> Routed:

@@ -12,7 +12,9 @@ Row = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """A few tokens: the logits of each, K, and per token {expert: weight}; `tie`: equal scores decide."""
+    """A few tokens: the logits of each, K, and per token {expert: weight}; `tie`: equal scores decide;
+    `sums`: what the rule says to a loss, by name.
+    """
 
     name: str
     rows: tuple[Row, ...]
@@ -20,6 +22,7 @@ class Case:
     expected: tuple[dict[int, float], ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     tie: bool = False
+    sums: Mapping[str, Row] = field(default_factory=dict)
 
 
 def powers(*values: float) -> Row:

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from gatewright.errors import UserError
-from gatewright.testing.rules import Rule
+from gatewright.testing.rule import Rule
 
 _TRIES = 200
 # Drawn anew for every call: nothing to fix.
-_PER_CALL = ("bias", "coins", "table", "token_ids")
+_PER_CALL = (
+    *("bias", "coins", "later_coins", "table", "token_ids", "noise", "noise_logits"),
+    *("primary", "primary_noise", "primary_noise_logits", "num_primary", "penalty"),
+)
+_OF_NOISE = {"noise", "later_coins", "penalty"}
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,13 @@ def draws(rule: Rule, fixed: Mapping[str, Any]) -> Iterator[Draw]:
         counts = counts if num_experts < 10 else [count for count in counts if count in (1, 2, 8)]
         given = fixed.get("num_selected")
         for num_selected in counts if given is None else [given] if 1 <= given <= num_experts else []:
+            if "primary" in rule.takes and not two_levels(num_experts, num_selected):
+                continue
             for _ in range(_TRIES):
                 # All distinct, so no tie, in steps of 1/16, exact in every dtype.
                 places = num_tokens * num_experts
                 logits = torch.randperm(places, generator=source).view(num_tokens, num_experts).double()
-                logits = (logits - places // 2) / 16
+                logits = (logits - places // 2) / 16 + rule.shift
                 options = _options(rule, num_selected, logits, number, source, fixed)
                 if is_clear(rule, logits, num_selected, options, source):
                     break
@@ -58,6 +64,18 @@ def _shapes(rule: Rule, fixed: Mapping[str, Any]) -> list[tuple[int, int]]:
     if "num_experts" not in fixed:
         return list(rule.shapes)
     return [(num_tokens, fixed["num_experts"]) for num_tokens, _ in rule.shapes]
+
+
+def two_levels(num_experts: int, num_selected: int) -> list[tuple[int, int]]:
+    """Return the pairs (groups, K1) of which no level has one choice of many, which would be no choice."""
+    return [
+        (groups, first)
+        for groups in range(2, num_experts // 2 + 1)
+        for first in range(2, groups + 1)
+        if num_experts % groups == 0
+        and num_selected % first == 0
+        and 2 <= num_selected // first <= num_experts // groups
+    ]
 
 
 def _options(
@@ -95,7 +113,34 @@ def _options(
         "table": torch.stack([uniform(num_experts).argsort()[:num_selected] for _ in range(11)]),
         "token_ids": (uniform(num_tokens) * 11).long(),
     }
+    if not _OF_NOISE.isdisjoint(rule.takes):
+        drawn |= _of_noise(num_tokens, num_experts, num_selected, source)
     return {name: fixed.get(name, drawn[name]) for name in rule.takes}
+
+
+def _of_noise(
+    num_tokens: int, num_experts: int, num_selected: int, source: torch.Generator
+) -> dict[str, Any]:
+    """Return random noise, groups and coins."""
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(num_tokens, width, generator=source, dtype=torch.float64)
+
+    pairs = two_levels(num_experts, num_selected) or [(1, 1)]
+    groups, first = pairs[int(torch.randint(len(pairs), (), generator=source))]
+    coins = torch.rand(num_tokens, num_selected - 1, generator=source, dtype=torch.float64)
+    return {
+        "noise": normal(num_experts),
+        "noise_logits": normal(num_experts),
+        "primary": normal(groups),
+        "primary_noise": normal(groups),
+        "primary_noise_logits": normal(groups),
+        "num_primary": first,
+        "later_coins": coins,
+        "threshold": (0.2, 0.5, 1.0)[num_selected % 3],
+        "penalty": 0.3 + num_tokens,
+        "alpha": 1.2,
+    }
 
 
 def is_clear(
@@ -105,7 +150,11 @@ def is_clear(
     first = [list(token) for token in rule.slow(_rows(logits), num_selected, options)]
     for _ in range(2):
         moved = logits + rule.noise * torch.randn(logits.shape, generator=source, dtype=torch.float64)
-        if [list(token) for token in rule.slow(_rows(moved), num_selected, options)] != first:
+        given = options
+        if "primary" in options:
+            shake = torch.randn(options["primary"].shape, generator=source, dtype=torch.float64)
+            given = {**options, "primary": options["primary"] + rule.noise * shake}
+        if [list(token) for token in rule.slow(_rows(moved), num_selected, given)] != first:
             return False
     return True
 

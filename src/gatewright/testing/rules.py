@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from gatewright.testing import cases
-from gatewright.testing.cases import Case
+from gatewright.testing.noisy_rules import NOISY
+from gatewright.testing.rule import Rule
 from gatewright.testing.slow_routers import (
     Choice,
     Slow,
@@ -20,31 +20,7 @@ from gatewright.testing.slow_routers import (
     top_p,
 )
 
-_SHAPES = ((6, 5), (2, 24), (1, 2), (0, 4))
 _GROUPED = ((6, 8), (2, 32), (1, 4), (0, 8))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule. `takes`: the keywords that the function gets beside its logits and K. `mistakes`: other
-    definitions by what is wrong with them. `shapes` (T, E) and `least`, `most` bound what is drawn; `noise`
-    on the logits must not change a drawn choice. `open_places`: tokens may use fewer than K experts.
-    `by_expert`: the function returns tokens and weights [E, C]. `learns`: weights carry gradient.
-    """
-
-    meaning: str
-    cases: tuple[Case, ...]
-    slow: Slow
-    takes: tuple[str, ...] = ()
-    mistakes: Mapping[str, Slow] = field(default_factory=dict)
-    shapes: tuple[tuple[int, int], ...] = _SHAPES
-    least: int = 1
-    most: int = 9
-    noise: float = 1e-3
-    open_places: bool = False
-    by_expert: bool = False
-    learns: bool = True
-
 
 _SOFT = Choice()
 _MIXED = Choice(weights="softmax_selected")
@@ -240,4 +216,5 @@ RULES: dict[str, Rule] = {
         shapes=((6, 3), (5, 2), (4, 4), (2, 3)),
         most=1,
     ),
+    **NOISY,
 }

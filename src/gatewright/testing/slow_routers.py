@@ -19,6 +19,8 @@ Row = list[Tensor]
 Weights = dict[int, Tensor]
 # (rows of logits, K, options) -> {expert: weight} per token
 Slow = Callable[[list[Row], int, dict[str, Any]], list[Weights]]
+# (rows of logits, K, options) -> what the rule says to a loss, by name
+SlowSums = Callable[[list[Row], int, dict[str, Any]], dict[str, list[Tensor]]]
 
 _ROUNDS = 100
 

@@ -89,6 +89,18 @@ def test_a_group_that_no_token_chooses_has_no_load(monkeypatch: pytest.MonkeyPat
     assert found.sums["load"][:6].all()
 
 
+def test_padding_enters_no_sum():
+    torch.manual_seed(0)
+    router = HierarchicalRouter(5, 9, 4, zero_init=False)
+    x, mask = torch.randn(6, 5), torch.tensor([True, True, True, True, False, False])
+    key = torch.tensor(3)
+    # The first four tokens' noise is the same, since an element's depends on its place alone.
+    alone = router.route(x[:4], RoutingCall(training=True, key=key)).assignment.sums
+    padded = router.route(x, RoutingCall(mask, training=True, key=key)).assignment.sums
+    for name in ("importance", "load"):
+        torch.testing.assert_close(padded[name], alone[name])
+
+
 def test_the_load_teaches_the_first_level():
     router = build_router("hierarchical", 5, 9, 4)
     assert isinstance(router, HierarchicalRouter)

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from gatewright.errors import UserError
 from gatewright.parts import Capacity, MoELayer, RoutingCall, balance_loss, build_router
-from gatewright.parts.draws import fold, uniform
+from gatewright.parts.draws import centred, fold
 from gatewright.parts.noise import INPUT_NOISE
 from tests.oracle.moe import best, dot, softmax
 from tests.parts.harness import repeatable
@@ -67,10 +67,10 @@ def test_equals_the_oracle(case: NoisyCase):
     draw_weights(router, case.seed)
     ours = [twin(case.x), router.weight]
     theirs = [twin(leaf) for leaf in ours]
-    u = uniform(fold(case.call.key, INPUT_NOISE), tuple(case.x.shape), CPU, torch.float64)
+    u = centred(fold(case.call.key, INPUT_NOISE), tuple(case.x.shape), CPU, torch.float64)
     choices = []
     for t in range(len(case.x)):
-        seen = theirs[0][t] * (0.7 + 0.6 * u[t]) if case.training else theirs[0][t]
+        seen = theirs[0][t] * (1 + 0.3 * u[t]) if case.training else theirs[0][t]
         scores = softmax([dot(row, seen) for row in theirs[1]])
         chosen = best(scores, 1)
         choices.append((chosen, [scores[e] for e in chosen]) if case.real(t) else ([], []))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from gatewright.errors import UserError
 from gatewright.parts.draws import call_key, fold
+from gatewright.parts.maps import linear_maps
 from gatewright.parts.noise import (
     PRIMARY_NOISE,
     SoftplusNoise,
     gate_totals,
-    load_estimate,
-    total_over_tokens,
+    load_total,
 )
 from gatewright.parts.router import Routed, Router
 from gatewright.parts.routing import Assignment, RoutingCall, check_selection, select_top
@@ -170,23 +171,29 @@ class HierarchicalRouter(Router):
 
     def _levels(self, x: Tensor, call: RoutingCall) -> tuple[_Level, _Level]:
         """Return both levels' logits; in training with noise, which the two draw apart."""
-        primary, secondary = self.primary_logits(x), super().forward(x)
         if not (call.training and isinstance(self.noise, SoftplusNoise)):
+            primary, secondary = self.primary_logits(x), super().forward(x)
             return _Level(primary, primary, None), _Level(secondary, secondary, None)
         key = call_key(call, x.device)
         call = dataclasses.replace(call, key=key)
-        second = _Level(secondary, *self.noise.on_logits(x, secondary, call))
+        wide = torch.float64 if x.dtype == torch.float64 else self.dtype
+        weights = [self.weight, self.noise.weight]
+        if self.primary is not None and self.primary_noise is not None:
+            weights += [self.primary, self.primary_noise.weight]
+        secondary, mapped, *first = linear_maps(x, weights, wide)
+        second = _Level(secondary, *self.noise.on_mapped(x, secondary, (mapped,), call))
         if self.primary_noise is None:
+            primary = self.primary_logits(x)
             return _Level(primary, primary, None), second
         call = dataclasses.replace(call, key=fold(key, PRIMARY_NOISE))
-        return _Level(primary, *self.primary_noise.on_logits(x, primary, call)), second
+        return _Level(first[0], *self.primary_noise.on_mapped(x, first[0], first[1:], call)), second
 
     def _joint(self, primary: Tensor, secondary: Tensor) -> Tensor:
         """Return h_i + log softmax(s_i)_j, [T, E]."""
         if self.primary is None:
             return secondary
-        inside = torch.log_softmax(secondary.view(-1, self.num_groups, self._inside), dim=-1)
-        return (primary.unsqueeze(-1) + inside).flatten(1)
+        inside = secondary.view(secondary.shape[0], self.num_groups, self._inside)
+        return _Joint.apply(primary, inside).flatten(1)
 
     @property
     def _inside(self) -> int:
@@ -201,24 +208,45 @@ class HierarchicalRouter(Router):
         self, primary: _Level, secondary: _Level, groups: Tensor, picks: Tensor, call: RoutingCall
     ) -> Tensor:
         """Return eq 14, [E]."""
-        ones = torch.ones_like(primary.clean, dtype=torch.promote_types(primary.clean.dtype, torch.float32))
-        first = ones
-        if primary.std is not None:
-            first = load_estimate(primary.clean, primary.noisy, primary.std, self.num_primary, chosen=groups)
-        in_group = torch.zeros_like(ones).scatter(1, groups, ones)
+        wide = torch.promote_types(primary.clean.dtype, torch.float32)
+        a, num_tokens = self.num_groups, groups.shape[0]
+        used = torch.zeros(num_tokens, a, dtype=torch.bool, device=groups.device).scatter(1, groups, True)
+        used = used if call.mask is None else used & call.mask.unsqueeze(-1)
+        tokens = used.sum(dim=0, dtype=torch.int32).to(wide)
+        if primary.std is None:
+            first = tokens
+        else:
+            given = (primary.clean, primary.noisy, primary.std)
+            first = load_total(*given, self.num_primary, True, groups, call.mask).squeeze(0)
         assert secondary.std is not None
+        # A group that a token did not choose is a row that is left out; what it names does not matter.
+        index = groups.unsqueeze(-1).expand_as(picks)
+        named = picks.new_zeros(num_tokens, a, self.num_secondary).scatter(1, index, picks)
         clean, noisy, std = (
-            self._of_groups(values, groups).flatten(0, 1)
+            values.view(num_tokens * a, self._inside)
             for values in (secondary.clean, secondary.noisy, secondary.std)
         )
-        chance = load_estimate(clean, noisy, std, self.num_secondary, chosen=picks.flatten(0, 1))
-        index = groups.unsqueeze(-1).expand(*groups.shape, self._inside)
-        spread = chance.new_zeros(*in_group.shape, self._inside)
-        spread = spread.scatter(1, index, chance.view(*index.shape)).flatten(1)
-        tokens = total_over_tokens(in_group, call.mask) + _NO_TOKENS
-        share = total_over_tokens(first, call.mask) / tokens
-        second = total_over_tokens(spread, call.mask).view(self.num_groups, self._inside)
-        return (share.unsqueeze(-1) * second).flatten()
+        second = load_total(
+            clean, noisy, std, self.num_secondary, True, named.flatten(0, 1), used.flatten(), groups=a
+        )
+        return ((first / (tokens + _NO_TOKENS)).unsqueeze(-1) * second).flatten()
+
+
+class _Joint(torch.autograd.Function):
+    """h_i + log softmax(s_i)_j, [T, a] and [T, a, b] -> [T, a, b]: torch's is slow over so few numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, primary: Tensor, secondary: Tensor) -> Tensor:
+        shift = secondary - secondary.amax(dim=-1, keepdim=True)
+        shift = shift.sub_(shift.exp().sum(dim=-1, keepdim=True).log_())
+        ctx.save_for_backward(shift)
+        return shift + primary.unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (shift,) = ctx.saved_tensors
+        total = gradient.sum(dim=-1)
+        return total, torch.addcmul(gradient, shift.exp(), total.unsqueeze(-1), value=-1)
 
 
 register(
