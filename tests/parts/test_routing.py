@@ -10,12 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gatewright.errors import UserError
+from gatewright.kernels.native import route as native_route
 from gatewright.parts import Router, check_selection, select_top, softmax_scores, token_choice
 from tests.oracle import moe as oracle
 from tests.parts.harness import repeatable
 
 LN2, LN3, LN5 = math.log(2), math.log(3), math.log(5)
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(params=["native", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Choose by the native operator where there is one, and by torch's alone."""
+    if request.param == "torch":
+        monkeypatch.setattr(native_route, "takes", lambda *_: False)
+    return request.param
 
 
 def logits_of(*rows: list[float]) -> torch.Tensor:
@@ -98,7 +107,7 @@ def test_padding_leaves_its_places_empty():
 
 
 @pytest.mark.parametrize("num_selected", [1, 2, 3, 16, 17, 40])
-def test_equal_scores_choose_the_lowest_ids(num_selected: int):
+def test_equal_scores_choose_the_lowest_ids(way: str, num_selected: int):
     # Both ways of selecting (passes up to 16, one stable sort above); torch.topk gives other ids here.
     scores = torch.full((3, 40), 0.025)
     assert select_top(scores, num_selected).tolist() == [list(range(num_selected))] * 3
@@ -119,7 +128,7 @@ def test_equal_scores_choose_the_lowest_ids(num_selected: int):
         ([NAN, -INF, INF, -INF], [0, 2, 1]),
     ],
 )
-def test_order_by_hand(scores: list[float], expected: list[int]):
+def test_order_by_hand(way: str, scores: list[float], expected: list[int]):
     assert select_top(torch.tensor([scores]), 3).tolist() == [expected]
     # Beside a row that holds -inf, which changes the way of selecting.
     both = select_top(torch.tensor([scores, [-INF, 1.0, 2.0, 3.0]]), 3)
