@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatewright.conversion.mixtral import mixtral_experts
 from gatewright.measuring.grid import Dtype, Shape, gathered_bytes
 
 # The names of transformers' implementations that run on a CPU.
@@ -43,18 +42,9 @@ class TransformersLayer(nn.Module):
 
     def __init__(self, shape: Shape, implementation: str) -> None:
         super().__init__()
-        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-        config: Any = SimpleNamespace(
-            num_local_experts=shape.num_experts,
-            hidden_size=shape.width,
-            intermediate_size=shape.expert_width,
-            hidden_act="silu",
-            _experts_implementation=implementation,
-        )
         self.num_selected = shape.num_selected
         self.router = nn.Parameter(torch.empty(shape.num_experts, shape.width))
-        self.experts = MixtralExperts(config)
+        self.experts = mixtral_experts(shape.width, shape.num_experts, shape.expert_width, implementation)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return y [T, D], and what the balance loss is made of: probabilities [T, E], experts [T, K]."""

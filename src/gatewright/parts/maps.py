@@ -17,11 +17,12 @@ def linear_maps(x: Float[Tensor, "T D"], weights: Sequence[Tensor], dtype: torch
     """Return x times each weight [N, D], computed in `dtype`, out of autocast, as one multiplication."""
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(dtype)
-        if len(weights) == 1:
-            return (F.linear(x, weights[0].to(dtype)),)
+        weights = [weight.to(dtype) for weight in weights]
         if runs_native(x.numel(), x, *weights):
             return _Maps.apply(x, *weights)
-        joined = F.linear(x, torch.cat([weight.to(dtype) for weight in weights]))
+        if len(weights) == 1:
+            return (F.linear(x, weights[0]),)
+        joined = F.linear(x, torch.cat(weights))
     parts = joined.split([weight.shape[0] for weight in weights], dim=1)
     return tuple(part.contiguous() for part in parts)
 

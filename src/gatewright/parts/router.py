@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -159,10 +158,8 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Return logits [T, E] in `dtype` (float64 input stays float64), without noise."""
         wide = torch.float64 if x.dtype == torch.float64 else self.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(
-                x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
-            )
+        (logits,) = linear_maps(x, (self.weight,), wide)
+        return logits if self.bias is None else logits + self.bias.to(wide)
 
     def _mapped(self, x: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the logits and x times each other weight."""
