@@ -129,7 +129,7 @@ def _draw(
     cell = (1 - low) * 2.0**-bits
     middle = (1 + low) / 2 + (0 if transform is None else cell / 2)
 
-    def numbers(words: Tensor, place: Tensor) -> Tensor:
+    def numbers(words: Int32[Tensor, "N"], place: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
         words >>= 32 - bits
         place.copy_(words)
         place *= cell

@@ -20,7 +20,9 @@ class _Jitter(torch.autograd.Function):
     """Keeps half a word per element, where x * u would keep x and u; in C++ nothing: it draws again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Float[Tensor, "T D"], key: Int64[Tensor, ""], eps: float
+    ) -> Float[Tensor, "T D"]:
         ctx.eps, size = eps, (x.numel() + 1) // 2
         stream = Stream(key, x.device)
         ctx.again = runs_native(size, x)

@@ -31,7 +31,7 @@ class _Maps(torch.autograd.Function):
     """x W^T for each W, in C++: a panel of tokens is read once for all maps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Float[Tensor, "T D"], *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
         return tuple(torch.ops.gatewright.maps_forward(x, list(weights)))
 
