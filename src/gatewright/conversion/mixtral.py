@@ -9,8 +9,8 @@ from torch import nn
 
 
 def mixtral_experts(width: int, num_experts: int, expert_width: int, implementation: str) -> nn.Module:
-    """Return the module, which takes (x [T, D], expert ids [T, K], weights [T, K]); `implementation` is one of
-    transformers' names. Its weights are not initialised.
+    """Return the module, which takes (x [T, D], expert ids [T, K], weights [T, K]); `implementation` is one
+    of transformers' names. Its weights are not initialised.
     """
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 

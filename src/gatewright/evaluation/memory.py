@@ -11,9 +11,12 @@ from torch import nn
 
 from gatewright.backbones import Attention, Block, Decoder
 from gatewright.errors import UserError, did_you_mean
-from gatewright.parts import MLP, Experts, MoELayer
+from gatewright.kernels import native
+from gatewright.parts import MLP, Experts, MoELayer, Router
 from gatewright.parts.free_experts import FreeExperts
 from gatewright.parts.nested_experts import ModuleExperts
+from gatewright.parts.routing import top_k_of
+from gatewright.parts.scores import native_name
 from gatewright.parts.shared import GatedShared
 
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -81,7 +84,7 @@ def _block_bytes(block: Block, each: float) -> float:
 
     Two norms; queries, keys, values, attention's output and its log-sum-exp (fused attention keeps no S x S
     matrix); gated feed-forward: both halves, the activated gate and the product; mixture: the pre-activations
-    of K experts, the router's fp32 input, logits and scores, and the plan.
+    of K experts, the router's fp32 input and what `_router_bytes` says, and the plan.
     """
     attention = block.attention
     assert isinstance(attention, Attention)
@@ -116,10 +119,21 @@ def _mlp_bytes(mlp: MLP, each: float) -> float:
 
 
 def _mixture_bytes(layer: MoELayer, width: int, each: float) -> float:
-    router = 2 * 4 * layer.num_experts + (4 * width if each < 4 else 0)
+    router = _router_bytes(layer.router) + (4 * width if each < 4 else 0)
     plan = layer.num_selected * (4 + 8 + 8)  # fp32 weight, slot and token id of each choice
     shared = 0.0 if layer.shared is None else _feed_forward_bytes(layer.shared, width, each)
     return _expert_bytes(layer.experts, width, layer.num_selected, each) + router + plan + shared
+
+
+def _router_bytes(router: Router) -> float:
+    """Return what a router keeps beside its input: fp32 logits and scores; routed in one native pass, the
+    logits, the chosen ids in 32 bits and four numbers.
+    """
+    num_experts = router.weight.shape[0]
+    top = top_k_of(router.rule)
+    if top is None or native_name(router.scores) is None or not native.is_ready():
+        return 2 * 4 * num_experts
+    return 4 * (num_experts + top.num_selected + 4)
 
 
 def _expert_bytes(experts: nn.Module, width: int, num_selected: float, each: float) -> float:

@@ -108,6 +108,6 @@ def transformers_side(ours: MoELayer, shape: Shape, implementation: str) -> Side
     experts: Any = ours.experts
     with torch.no_grad():
         theirs.router.copy_(ours.router.weight)
-        theirs.experts.gate_up_proj.copy_(experts.w_in)
-        theirs.experts.down_proj.copy_(experts.w_down)
+        theirs.experts.get_parameter("gate_up_proj").copy_(experts.w_in)
+        theirs.experts.get_parameter("down_proj").copy_(experts.w_down)
     return Side(theirs, switch_balance, tuple(theirs.parameters()))
