@@ -58,11 +58,11 @@ class FusedRouted(Routed):
         self.__dict__.update(own)
 
     @cached_property
-    def scores(self) -> Tensor:
+    def scores(self) -> Float[Tensor, "T E"]:
         return self.function(self.logits)
 
     @cached_property
-    def probabilities(self) -> Tensor:
+    def probabilities(self) -> Float[Tensor, "T E"]:
         return probabilities(self.function, self.logits, self.scores)
 
     def with_sums(self, sums: Mapping[str, Tensor]) -> Routed:
