@@ -7,13 +7,13 @@ import json
 import torch
 
 from gatewright.conversion import register_experts, use_in_transformers
-from gatewright.kernels import BACKENDS
+from gatewright.kernels import runnable_backends
 from tests.conversion.families import experts_of, furthest, inputs, outcome, results, whole_model
 
 # gpt-oss: its own gate between operators of ours, or, where a backend is named, copies of its weights.
 ALONE = (("mixtral", "MixtralExperts"), ("gpt_oss", "GptOssExperts"))
 # The reference is a Python loop over experts: compiled, it is nothing but long.
-COMPILED = (None, *(backend for backend in BACKENDS if backend != "reference"))
+COMPILED = (None, *(backend for backend in runnable_backends() if backend != "reference"))
 
 
 def whole(family: str) -> tuple[float, str]:

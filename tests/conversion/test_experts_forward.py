@@ -13,13 +13,13 @@ from torch.nn.utils import parametrize
 from gatewright.conversion import experts as module
 from gatewright.conversion import experts_forward, register_experts
 from gatewright.errors import UserError
-from gatewright.kernels import BACKENDS
+from gatewright.kernels import runnable_backends
 from gatewright.kernels.linear import linear_by_group
 
 hf = pytest.importorskip("tests.conversion.families", exc_type=ImportError)
 
 MIXTRAL, GPT_OSS = ("mixtral", "MixtralExperts"), ("gpt_oss", "GptOssExperts")
-each_backend = pytest.mark.parametrize("backend", [None, *BACKENDS])
+each_backend = pytest.mark.parametrize("backend", [None, *runnable_backends()])
 both = pytest.mark.parametrize("kind", [MIXTRAL, GPT_OSS], ids=["mixtral", "gpt_oss"])
 
 
@@ -77,7 +77,7 @@ def test_all_experts_may_be_elsewhere(kind: tuple[str, str]):
     experts = hf.experts_of(*kind)
     experts._is_expert_parallel = True
     x, index, weights = hf.inputs()
-    for backend in (None, *BACKENDS):
+    for backend in (None, *runnable_backends()):
         found = ours(experts, x, torch.full_like(index, hf.E), weights, backend=backend)
         assert all((value == 0).all() for value in found.values())
 

@@ -11,7 +11,7 @@ import torch
 
 from gatewright.conversion import register_experts, use_in_transformers
 from gatewright.errors import UserError
-from gatewright.kernels import BACKENDS
+from gatewright.kernels import BACKENDS, runnable_backends
 
 hf = pytest.importorskip("tests.conversion.families", exc_type=ImportError)
 
@@ -24,7 +24,7 @@ def test_logits_and_all_gradients_equal_eager(family: str):
     model = hf.whole_model(family)
     expected = hf.outcome(model)
     assert any(name.endswith("experts.down_proj") for name in expected)
-    for backend in (None, *BACKENDS):
+    for backend in (None, *runnable_backends()):
         placed = use_in_transformers(model, backend)
         assert len(placed) == (1 if family == "deepseek_v3" else 2)
         error, name = hf.furthest(hf.outcome(model), expected)
@@ -40,7 +40,7 @@ def test_generation_with_a_cache_gives_the_same_tokens(family: str):
     mask[1, :3] = 0
     expected = model.generate(hf.token_ids(), attention_mask=mask, **options)
     assert expected.shape == (2, 21)
-    for backend in (None, *BACKENDS):
+    for backend in (None, *runnable_backends()):
         use_in_transformers(model, backend)
         assert torch.equal(model.generate(hf.token_ids(), attention_mask=mask, **options), expected)
 
@@ -72,7 +72,7 @@ def test_autocast_runs_in_its_dtype(family: str):
     model = hf.whole_model(family)
     with torch.autocast("cpu", torch.bfloat16):
         expected = hf.outcome(model)
-        for backend in (None, *BACKENDS):
+        for backend in (None, *runnable_backends()):
             use_in_transformers(model, backend)
             found = hf.outcome(model)
             assert found["logits"].dtype == expected["logits"].dtype
@@ -132,7 +132,7 @@ def test_a_gpu_gives_the_same_numbers(family: str):
     model = hf.whole_model(family)
     expected = hf.outcome(model)
     model.cuda()
-    for backend in (None, *BACKENDS):
+    for backend in (None, *runnable_backends()):
         use_in_transformers(model, backend)
         found = {name: value.cpu() for name, value in hf.outcome(model).items()}
         error, name = hf.furthest(found, expected)

@@ -12,7 +12,7 @@ from torch import nn
 from gatewright.conversion import NOT_COVERED, experts_forward, register_experts, use_in_transformers
 from gatewright.conversion.layouts import activation_of, copies_weights, stacked_weights, their_weights
 from gatewright.errors import UserError
-from gatewright.kernels import BACKENDS, activate
+from gatewright.kernels import activate, runnable_backends
 
 hf = pytest.importorskip("tests.conversion.families", exc_type=ImportError)
 
@@ -45,7 +45,7 @@ def named(experts: nn.Module, backend: str | None) -> nn.Module:
 
 def backends_of(name: str) -> list[str | None]:
     """Return the backends that can compute a class."""
-    return [None, *BACKENDS] if ACTIVATIONS.get(name, "swiglu") else [None, "grouped"]
+    return [None, *runnable_backends()] if ACTIVATIONS.get(name, "swiglu") else [None, "grouped"]
 
 
 @each_class
@@ -122,7 +122,7 @@ def test_without_a_gate(act: str, ours: str | None):
     experts = hf.experts_of("nemotron_h", "NemotronHExperts", mlp_hidden_act=act)
     expected = hf.results(experts, *hf.inputs())
     assert activation_of(experts) == ours
-    for backend in [None, *BACKENDS] if ours else [None]:
+    for backend in [None, *runnable_backends()] if ours else [None]:
         assert hf.furthest(hf.results(named(experts, backend), *hf.inputs()), expected)[0] < 1e-5
 
 

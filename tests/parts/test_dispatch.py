@@ -150,3 +150,23 @@ def test_capacity_is_the_exact_ceiling(percent: int, num_selected: int, num_toke
 def test_a_capacity_factor_that_is_no_positive_number_is_refused(factor: float):
     with pytest.raises(UserError, match=f"capacity_factor {factor}; allowed: above 0"):
         expert_capacity(factor, 1, 8, 4)
+
+
+@given(case=st.data())
+@repeatable(200)
+def test_a_plan_in_one_pass_is_the_plan_in_many(case: st.DataObject):
+    num_tokens, num_experts = case.draw(st.integers(0, 12)), case.draw(st.integers(1, 6))
+    places = case.draw(st.integers(1, 4))
+    one = st.integers(-1, num_experts - 1)
+    rows = case.draw(
+        st.lists(st.lists(one, min_size=places, max_size=places), min_size=num_tokens, max_size=num_tokens)
+    )
+    experts = torch.tensor(rows, dtype=torch.int64).reshape(num_tokens, places)
+    assignment = Assignment(experts, torch.ones(num_tokens, places), num_experts)
+    found = make_plan(assignment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gatewright.parts.dispatch.plan_rows", lambda *_: None)
+        wanted = make_plan(assignment)
+    assert (found.all_kept, found.weight_side) == (wanted.all_kept, wanted.weight_side)
+    for name in ("token_ids", "counts", "slots"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from gatewright.errors import UserError
-from gatewright.kernels import BACKENDS
+from gatewright.kernels import runnable_backends
 from gatewright.parts import MLP, Assignment, Experts, MoELayer, make_plan
 from gatewright.parts.draws import fold, uniform, uniform_rows
 from tests.kernels.test_variants import near
@@ -100,7 +100,7 @@ def test_a_row_of_numbers_depends_on_the_key_and_its_own_number_alone():
         assert torch.equal(row, uniform(fold(KEY, number), (5,), torch.device("cpu")))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", runnable_backends())
 def test_dropout_by_its_definition(backend: str):
     # Row (token t, expert e) keeps what uniform(fold(key, "drop", t E + e)) >= p says, over 1 - p.
     experts = filled(Experts(4, 3, 6, "gelu", bias=True, dropout=0.4))

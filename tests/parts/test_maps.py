@@ -44,6 +44,18 @@ def test_joined_maps_are_the_maps_alone(
         assert (one - other).abs().max() <= 2e-6 * width**0.5 * max(other.abs().max().item(), 1)
 
 
+@pytest.mark.skipif(not native.is_ready(), reason=native.status().reason)
+def test_bf16_tokens_are_mapped_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    # Every product and sum in fp32, as if the tokens had been widened first; only their gradient is narrowed.
+    x, weights = given(130, 33, (7, 16))
+    monkeypatch.setattr(draws, "_LEAST_CHUNKED", 0)
+    narrow = x.bfloat16()
+    found, expected = run(narrow, weights), run(narrow.float(), weights)
+    assert found[2].dtype == torch.bfloat16
+    assert torch.equal(found[2], expected[2].bfloat16())
+    assert all(torch.equal(found[i], expected[i]) for i in (0, 1, 3, 4))
+
+
 def test_tokens_without_gradient_get_none_and_weights_theirs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(draws, "_LEAST_CHUNKED", 0)
     x, weights = given(130, 33, (7, 16))
@@ -71,9 +83,9 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch):
 def test_what_does_not_fit_is_refused():
     x, weights = given(130, 33, (7, 16))
     forward, backward = torch.ops.gatewright.maps_forward, torch.ops.gatewright.maps_backward
-    with pytest.raises(ValueError, match="contiguous fp32 matrices of one width"):
+    with pytest.raises(ValueError, match="contiguous matrices of one width on the CPU, fp32 or, for x, bf16"):
         forward(x, [weights[0][:, :5].contiguous()])
-    with pytest.raises(ValueError, match="contiguous fp32 matrices of one width"):
+    with pytest.raises(ValueError, match="contiguous matrices of one width on the CPU, fp32 or, for x, bf16"):
         forward(x.double(), weights)
     with pytest.raises(ValueError, match="gradient 1 does not fit"):
         backward([torch.ones(130, 7), torch.ones(130, 7)], x, weights, True)

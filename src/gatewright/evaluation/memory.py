@@ -119,20 +119,20 @@ def _mlp_bytes(mlp: MLP, each: float) -> float:
 
 
 def _mixture_bytes(layer: MoELayer, width: int, each: float) -> float:
-    router = _router_bytes(layer.router) + (4 * width if each < 4 else 0)
+    router = _router_bytes(layer.router, width, each)
     plan = layer.num_selected * (4 + 8 + 8)  # fp32 weight, slot and token id of each choice
     shared = 0.0 if layer.shared is None else _feed_forward_bytes(layer.shared, width, each)
     return _expert_bytes(layer.experts, width, layer.num_selected, each) + router + plan + shared
 
 
-def _router_bytes(router: Router) -> float:
-    """Return what a router keeps beside its input: fp32 logits and scores; routed in one native pass, the
-    logits, the chosen ids in 32 bits and four numbers.
+def _router_bytes(router: Router, width: int, each: float) -> float:
+    """Return what a router keeps: logits and scores in fp32, and its input in fp32 where that is another
+    tensor; in native passes the logits, the chosen ids in 32 bits, four numbers, and the input as it came.
     """
     num_experts = router.weight.shape[0]
     top = top_k_of(router.rule)
     if top is None or native_name(router.scores) is None or not native.is_ready():
-        return 2 * 4 * num_experts
+        return 2 * 4 * num_experts + (4 * width if each < 4 else 0)
     return 4 * (num_experts + top.num_selected + 4)
 
 

@@ -1,7 +1,13 @@
 """What computes: the definition of an expert layer (reference) and its fast forms, one meaning for all."""
 
 from gatewright.kernels.activations import ACTIVATIONS, activate, check_activation, is_gated
-from gatewright.kernels.choose import BACKENDS, choose_backend, expert_mlp, expert_mlp_sorted
+from gatewright.kernels.choose import (
+    BACKENDS,
+    choose_backend,
+    expert_mlp,
+    expert_mlp_sorted,
+    runnable_backends,
+)
 from gatewright.kernels.native.route import FusedRoute, TopK, fused_route
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 from gatewright.kernels.ranking import rank_rows, ranks_fast
@@ -22,4 +28,5 @@ __all__ = [
     "is_gated",
     "rank_rows",
     "ranks_fast",
+    "runnable_backends",
 ]

@@ -42,6 +42,11 @@ def choose_backend(name: str | None = None, x: Float[Tensor, "T D"] | None = Non
     return name, "asked for by name"
 
 
+def runnable_backends() -> tuple[str, ...]:
+    """Return the names of the backends that run on this machine, all but perhaps `native`."""
+    return tuple(name for name in BACKENDS if name != "native" or native.is_ready())
+
+
 def expert_mlp(
     x: Float[Tensor, "T D"],
     plan: DispatchPlan,

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gatewright.kernels import DispatchPlan
+from gatewright.kernels.native.plan import plan_rows
 from gatewright.parts.capacity import Order, expert_capacity
 from gatewright.parts.groups import count_into, group_ids, num_groups
 from gatewright.parts.routing import Assignment
@@ -110,6 +111,12 @@ def make_plan(
     """
     num_tokens, places = assignment.experts.shape
     in_line = not static and kept is None and assignment.withdrawn is None
+    if in_line and capacity is None:
+        sorted_by_expert = plan_rows(assignment.experts, assignment.num_experts)
+        if sorted_by_expert is not None:
+            token_ids, counts, slots = sorted_by_expert
+            all_kept = token_ids.shape[0] == num_tokens * places
+            return DispatchPlan(token_ids, counts, slots, all_kept, assignment.weight_side)
     found = _first_in_line(assignment, capacity, group_size, order) if in_line else None
     if found is None:
         made = made_choices(assignment)

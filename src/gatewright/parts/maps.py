@@ -16,10 +16,14 @@ from gatewright.parts.draws import runs_native
 def linear_maps(x: Float[Tensor, "T D"], weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return x times each weight [N, D], computed in `dtype`, out of autocast, as one multiplication."""
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
-        if runs_native(x.numel(), x, *weights):
+        if (
+            x.dtype in (torch.float32, torch.bfloat16)
+            and x.is_contiguous()
+            and runs_native(x.numel(), *weights)
+        ):
             return _Maps.apply(x, *weights)
+        x = x.to(dtype)
         if len(weights) == 1:
             return (F.linear(x, weights[0]),)
         joined = F.linear(x, torch.cat(weights))

@@ -25,19 +25,27 @@ struct Maps {
   std::vector<int64_t> outputs;
 
   Maps(const at::Tensor& x, at::TensorList weights) : T(x.size(0)), D(x.size(1)) {
-    auto fits = [](const at::Tensor& one) {
-      return one.dim() == 2 && one.scalar_type() == at::kFloat && one.is_contiguous() && one.device().is_cpu();
-    };
-    bool right = fits(x);
+    auto fits = [](const at::Tensor& one) { return one.dim() == 2 && one.is_contiguous() && one.device().is_cpu(); };
+    bool right = fits(x) && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
     for (const at::Tensor& weight : weights) {
-      right = right && fits(weight) && weight.size(1) == D;
+      right = right && fits(weight) && weight.scalar_type() == at::kFloat && weight.size(1) == D;
       outputs.push_back(weight.size(0));
     }
-    TORCH_CHECK_VALUE(right, "maps: takes contiguous fp32 matrices of one width on the CPU");
+    TORCH_CHECK_VALUE(right, "maps: takes contiguous matrices of one width on the CPU, fp32 or, for x, bf16");
   }
   int64_t panels() const { return (T + kPanel - 1) / kPanel; }
   int64_t rows(int64_t panel) const { return std::min(kPanel, T - panel * kPanel); }
 };
+
+// Rows of x in fp32: themselves, or widened into `room`.
+const float* wide_rows(const at::Tensor& x, int64_t begin, int64_t rows, std::vector<float>& room) {
+  const int64_t D = x.size(1);
+  if (x.scalar_type() == at::kFloat) return x.const_data_ptr<float>() + begin * D;
+  room.resize(kPanel * D);
+  const bf16* from = x.const_data_ptr<bf16>() + begin * D;
+  for (int64_t j = 0; j < rows * D; ++j) room[j] = widen(from[j]);
+  return room.data();
+}
 
 // y_i = x W_i^T, [T, N_i] each.
 std::vector<at::Tensor> maps_forward(const at::Tensor& x, at::TensorList weights) {
@@ -53,12 +61,13 @@ std::vector<at::Tensor> maps_forward(const at::Tensor& x, at::TensorList weights
     packed[i].resize(D * wide);
     pack_transposed<float, float>(weights[i].const_data_ptr<float>(), N, D, packed[i].data(), wide);
   }
-  const float* from = x.const_data_ptr<float>();
   at::parallel_for(0, maps.panels(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> room;
     for (int64_t panel = begin; panel < end; ++panel) {
+      const float* from = wide_rows(x, panel * kPanel, maps.rows(panel), room);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t N = maps.outputs[i];
-        multiply(maps.rows(panel), N, D, from + panel * kPanel * D, D, packed[i].data(), spread(N),
+        multiply(maps.rows(panel), N, D, from, D, packed[i].data(), spread(N),
                  to[i] + panel * kPanel * N, N, false);
       }
     }
@@ -87,25 +96,31 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> maps_backward(at::TensorList gra
     all += maps.outputs[i] * D;
     most = std::max(most, maps.outputs[i]);
   }
-  at::Tensor of_x = pooled_empty({need_x ? T : 0, D}, at::kFloat);
-  float* to_x = of_x.mutable_data_ptr<float>();
-  const float* from = x.const_data_ptr<float>();
+  at::Tensor of_x = pooled_empty({need_x ? T : 0, D}, x.scalar_type());
+  const bool narrowed = x.scalar_type() != at::kFloat;
   const int64_t parts = std::max<int64_t>(1, std::min(kParts, maps.panels()));
   std::vector<float> sums(parts * all, 0.0f);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> turned(most * kPanel);
+    std::vector<float> room, sum(narrowed && need_x ? kPanel * D : 0);
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = maps.panels() * part / parts, last = maps.panels() * (part + 1) / parts;
       for (int64_t panel = first; panel < last; ++panel) {
         const int64_t rows = maps.rows(panel), at = panel * kPanel;
+        const float* from = wide_rows(x, at, rows, room);
+        float* to_x = narrowed ? sum.data() : of_x.mutable_data_ptr<float>() + at * D;
         for (int64_t i = 0; i < count; ++i) {
           const int64_t N = maps.outputs[i];
           const float* g = due[i] + at * N;
           if (need_x)
-            multiply(rows, D, N, g, N, reinterpret_cast<const uint32_t*>(w[i]), D, to_x + at * D, D, i > 0);
+            multiply(rows, D, N, g, N, reinterpret_cast<const uint32_t*>(w[i]), D, to_x, D, i > 0);
           transpose_units(reinterpret_cast<const uint32_t*>(g), N, rows, N, turned.data(), kPanel);
           multiply(N, D, rows, reinterpret_cast<const float*>(turned.data()), kPanel,
-                   reinterpret_cast<const uint32_t*>(from + at * D), D, sums.data() + part * all + places[i], D, true);
+                   reinterpret_cast<const uint32_t*>(from), D, sums.data() + part * all + places[i], D, true);
+        }
+        if (narrowed && need_x) {
+          bf16* out = of_x.mutable_data_ptr<bf16>() + at * D;
+          for (int64_t j = 0; j < rows * D; ++j) out[j] = narrow<bf16>(to_x[j]);
         }
       }
     }
