@@ -82,7 +82,7 @@ inline float weight_or_one(const float* weights, int64_t row, bool used) { retur
 template <class T>
 inline void take_row(const T* from, int64_t n, float scale, T* to, int64_t padded) {
   if (scale == 1.0f) {
-    std::memcpy(to, from, n * sizeof(T));
+    std::memcpy(static_cast<void*>(to), from, n * sizeof(T));
   } else {
     for (int64_t j = 0; j < n; ++j) to[j] = narrow<T>(widen(from[j]) * scale);
   }

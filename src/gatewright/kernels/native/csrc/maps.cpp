@@ -17,7 +17,7 @@ namespace {
 
 // Rows of a panel, which stays in the caches; parts of the tokens whose sums are taken apart, so that they do not
 // depend on threads.
-constexpr int64_t kPanel = 64, kParts = 8;
+constexpr int64_t kPanel = 128, kParts = 8;
 
 // Sizes of a call: T tokens of width D, and each map's outputs; raises where they do not fit.
 struct Maps {
