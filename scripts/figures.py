@@ -38,6 +38,8 @@ def block(name: str, root: Path) -> str:
     record = json.loads(path.read_text(encoding="utf-8"))
     if str(record.get("schema", "")).startswith("gatewright.bench.layer."):
         return bench_block(record, path.name)
+    if str(record.get("schema", "")).startswith("gatewright.bench.routers."):
+        return routers_block(record, path.name)
     if "arms" in record:
         return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.
@@ -135,6 +137,20 @@ def bench_block(record: Mapping[str, Any], source: str) -> str:
         f"commit `{place['commit']}`; every number is taken from `reproductions/{source}`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def routers_block(record: Mapping[str, Any], source: str) -> str:
+    """Return every router's time over plain token choice, the dearest first, and where it was measured."""
+    rows = sorted(record["rows"], key=lambda row: -row["ratio"])
+    shown = [f"`{row['router']}` {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})" for row in rows]
+    what = "the whole layer" if record["settings"]["whole_layer"] else "the router alone"
+    place = record["environment"]
+    return (
+        f"Over plain token choice, {what}: {', '.join(shown)}.\n\n"
+        f"Measured with `{record['command']}` on {place['processor']}, {place['threads']} threads, torch "
+        f"{place['torch']}, commit `{place['commit']}`; every number is taken from "
+        f"`reproductions/{source}`.\n"
+    )
 
 
 def _goal(goal: Mapping[str, Any]) -> str:

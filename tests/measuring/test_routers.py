@@ -18,24 +18,36 @@ def test_a_router_keeps_every_round_of_both_sides():
     assert row["low"] <= row["ratio"] <= row["high"]
 
 
-def test_every_router_is_timed(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_router_is_timed(tmp_path: Path, monkeypatch, whole: bool):
     timed: list[tuple[str, int]] = []
 
-    def fake(info, rounds):
+    def fake(info, rounds, whole_layer):
+        assert whole_layer is whole
         timed.append((info.name, rounds))
         return {"router": info.name, "ratio": 1.25, "low": 1.2, "high": 1.3}
 
     monkeypatch.setattr(routers, "time_router", fake)
     lines: list[str] = []
-    result = bench_routers(RoutersRun(rounds=11, out=str(tmp_path)), lines.append)
-    assert [name for name, _ in timed] == [info.name for info in all_routers()]
+    result = bench_routers(RoutersRun(whole, rounds=11, out=str(tmp_path)), lines.append)
+    # A layer that computes all of its experts is not the router's to answer for.
+    assert [name for name, _ in timed] == [i.name for i in all_routers() if i.name != "dense" or not whole]
     # The optimal assignment takes seconds: once is enough to say so.
     assert {name for name, rounds in timed if rounds < 11} == {"base"}
     record = json.loads((tmp_path / "routers.json").read_text())
     assert record["schema"] == "gatewright.bench.routers.v1"
     assert len(record["rows"]) == len(timed) == len(lines)
+    assert record["settings"]["whole_layer"] is whole
+    assert result.to_text().startswith("whole layer" if whole else "router alone")
     assert result.to_text().count("1.25  (1.20 to 1.30)") == len(timed)
     assert result.to_dict()["files"] == [str(tmp_path / "routers.json")]
+
+
+@pytest.mark.parametrize("name", ["switch", "hierarchical", "expert_choice", "mixture_of_depths", "hash"])
+def test_a_whole_layer_is_timed_forward_and_backward(name: str):
+    row = routers.time_router(router_info(name), 11, tokens=64, whole_layer=True)
+    assert 0 < row["low"] <= row["ratio"] <= row["high"]
+    assert len(row["seconds"]["own"]) == 11
 
 
 def test_few_rounds_are_refused():

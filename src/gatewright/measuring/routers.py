@@ -13,7 +13,7 @@ import torch
 
 from gatewright.measuring.rounds import Turn, check_rounds, paired, time_rounds
 from gatewright.measuring.run import Allocator
-from gatewright.parts import RouterInfo, RoutingCall, all_routers, build_router
+from gatewright.parts import MoELayer, RouterInfo, RoutingCall, all_routers, build_router
 from gatewright.training.checkpoint import write_atomic
 from gatewright.training.runlog import Progress
 from gatewright.training.workplace import command_line, environment, now, own_folder
@@ -26,6 +26,8 @@ OWN, PLAIN = "own", "plain"
 class RoutersRun:
     """Time every named router against plain token choice, forward and backward."""
 
+    whole_layer: bool = False
+    """the layer that the router stands in, experts included, instead of the router alone"""
     rounds: int = 15
     """rounds per router, 11 or more; in each of them both sides run once"""
     threads: int = 0
@@ -55,8 +57,10 @@ class RoutersResult:
 
     def to_text(self) -> str:
         """Return a line per router."""
+        what = "whole layer" if self.record["settings"]["whole_layer"] else "router alone"
         head = (
-            f"{TOKENS} tokens of width {WIDTH}, {NUM_EXPERTS} experts; time over token choice (10th to 90th)"
+            f"{what}: {TOKENS} tokens of width {WIDTH}, {NUM_EXPERTS} experts; "
+            "time over token choice (10th to 90th)"
         )
         return "\n".join([head, *map(router_line, self.record["rows"]), "", self.path])
 
@@ -76,15 +80,22 @@ def bench_routers(run: RoutersRun, say: Callable[[str], None] | None = None) -> 
     with own_folder(Path(run.out)) as out:
         rows = []
         for info in all_routers():
+            if run.whole_layer and info.name == "dense":
+                continue  # it computes every expert: its layer's time is not its router's
             # BASE solves an assignment problem: seconds, said so, and not worth eleven of them.
-            rows.append(time_router(info, 1 if info.name == "base" else run.rounds))
+            rounds = 1 if info.name == "base" else run.rounds
+            rows.append(time_router(info, rounds, whole_layer=run.whole_layer))
             say(router_line(rows[-1]))
         record = {
             "schema": "gatewright.bench.routers.v1",
             "command": command_line(),
             "created": now(),
             "environment": environment("cpu"),
-            "settings": {"rounds": run.rounds, "allocator": run.allocator},
+            "settings": {
+                "whole_layer": run.whole_layer,
+                "rounds": run.rounds,
+                "allocator": run.allocator,
+            },
             "rows": rows,
         }
         write_atomic(out / "routers.json", json.dumps(record, indent=1) + "\n")
@@ -97,12 +108,15 @@ def selected_by(info: RouterInfo) -> int:
     return info.fixed_selected or own.get(info.name, NUM_SELECTED)
 
 
-def time_router(info: RouterInfo, rounds: int, tokens: int = TOKENS) -> dict[str, Any]:
+def time_router(
+    info: RouterInfo, rounds: int, tokens: int = TOKENS, whole_layer: bool = False
+) -> dict[str, Any]:
     """Return the ratio of one router's time to plain token choice of the same K (2 for the dense rule)."""
     selected = selected_by(info)
     plain = "token_choice_raw" if selected == 1 else "token_choice"
     of_plain = NUM_SELECTED if selected == NUM_EXPERTS else selected
-    sides = {PLAIN: _side(plain, tokens, of_plain), OWN: _side(info.name, tokens, selected)}
+    turn = _layer_side if whole_layer else _side
+    sides = {PLAIN: turn(plain, tokens, of_plain), OWN: turn(info.name, tokens, selected)}
     for side in sides.values():
         side.call()
     seconds = time_rounds(sides, rounds, time.perf_counter)
@@ -128,5 +142,24 @@ def _side(name: str, tokens: int, num_selected: int) -> Turn:
         total = routed.assignment.weights.sum() + routed.probabilities.sum() + sum(own)
         if total.requires_grad:
             total.backward()
+
+    return Turn(run, lambda: None)
+
+
+def _layer_side(name: str, tokens: int, num_selected: int) -> Turn:
+    """Return a turn that takes a whole layer of narrow experts forward and backward once."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        num_experts = 1 if name == "mixture_of_depths" else NUM_EXPERTS
+        layer = MoELayer(WIDTH, num_experts, num_selected, WIDTH, router=name)
+        with torch.no_grad():
+            layer.router.weight.normal_(std=WIDTH**-0.5)
+        x = torch.randn(tokens, WIDTH, requires_grad=True)
+        ids, key = torch.randint(256, (tokens,)), torch.tensor(1)
+
+    def run() -> None:
+        y, stats = layer(x, key=key, token_ids=ids)
+        own = [value.sum() for value in stats["router"].sums.values() if value.requires_grad]
+        (y.sum() + stats["router"].score_sums.sum() + sum(own)).backward()
 
     return Turn(run, lambda: None)

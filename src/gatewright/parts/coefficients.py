@@ -89,6 +89,15 @@ CONVENTIONS: dict[str, dict[str, Convention]] = {
             "num_selected",
         )
     },
+    "qwen3": {
+        "balance": Convention(
+            f"over the global batch; the released configuration's, in transformers' convention, {_TO_K}",
+            0.001,
+            False,
+            _selected,
+            "num_selected",
+        )
+    },
     "deepseek_moe": {"balance": Convention(f"the 2B model's; {_DEEPSEEK}", 0.01, True)},
     "deepseek_moe_16b": {"balance": Convention(_DEEPSEEK, 0.001, True)},
     "deepseek_v2": {
