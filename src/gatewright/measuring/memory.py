@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from gatewright.errors import UserError
+from gatewright.kernels import native
 from gatewright.measuring.grid import DTYPES, Cell, Shape
 from gatewright.measuring.rounds import Turn
 from gatewright.measuring.sides import build_sides
@@ -50,6 +51,8 @@ def peaks_here(cell: Cell, name: str, backend: str | None, threads: int) -> list
     torch.set_num_threads(threads)
     # Blocks that are freed leave the process at once, so that its pages are those of live tensors.
     return_big_blocks()
+    if native.is_ready():
+        torch.ops.gatewright.pool_limit(0)
     for shape, calls in ((Shape(64, *cell.shape[1:]), 1), (cell.shape, CALLS)):
         # The small call comes first: libraries allocate on first use.
         (side,) = build_sides(cell._replace(shape=shape), backend, [name]).values()
