@@ -43,4 +43,4 @@ def test_activations_match_what_autograd_keeps(name: str, dtype: str):
     formula = training_memory(model, dtype, context=128, batch=2, optimizer="sgd").activations
     # The loss is not run: its logits, their fp32 copy or gradient, and the log-probabilities.
     without_loss = formula - 256 * 100 * ((4 if dtype == "fp32" else 2) + 4 + 4)
-    assert without_loss == pytest.approx(measured, rel=0.035)
+    assert without_loss == pytest.approx(measured, rel=0.03)

@@ -170,10 +170,7 @@ void transpose_units(const uint32_t* in, int64_t ld_in, int64_t rows, int64_t co
   const int64_t whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16;
   // Strip by strip: the rows that are read follow one another in memory.
   for (int64_t i = 0; i < whole_rows; i += 16)
-    for (int64_t j = 0; j < whole_columns; j += 16) {
-      for (int64_t r = 16; r < 32 && i + r < rows; ++r) __builtin_prefetch(in + (i + r) * ld_in + j);
-      transpose_16(in + i * ld_in + j, ld_in, out + j * ld_out + i, ld_out);
-    }
+    for (int64_t j = 0; j < whole_columns; j += 16) transpose_16(in + i * ld_in + j, ld_in, out + j * ld_out + i, ld_out);
   for (int64_t j = 0; j < columns; ++j)
     for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) out[j * ld_out + i] = in[i * ld_in + j];
 }

@@ -31,7 +31,7 @@ inline float narrow<float>(float x) { return x; }
 template <>
 inline bf16 narrow<bf16>(float x) { return bf16(to_bf16(x), bf16::from_bits()); }
 
-// e^x within 1 ulp for -87 <= x <= 88; beyond that the value at the border.
+// e^x with a relative error below 2.5e-7 for -87 <= x <= 88; beyond that the value at the border.
 inline float exp_of(float x) {
   x = x > 88.3f ? 88.3f : x;
   x = x < -87.3f ? -87.3f : x;
@@ -53,7 +53,8 @@ inline float exp_of(float x) {
 
 inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
-// The complementary error function by a Chebyshev fit of relative error 1.2e-7 (Numerical Recipes, 6.2).
+// The complementary error function by a Chebyshev fit (Numerical Recipes, 6.2); in fp32 its relative error stays
+// below 5e-6 up to 9, where it is far below what a GELU can show.
 inline float erfc_of(float x) {
   float z = std::fabs(x);
   float t = 1.0f / (1.0f + 0.5f * z);
