@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16)
 _lock = threading.Lock()
 _known: Status | None = None
+_left_out = 0
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,33 @@ def status() -> Status:
     """
     global _known
     with _lock:
+        if _left_out:
+            return Status(False, "left out for a while, by native.left_out()")
         if _known is None:
             _known = _load()
         return _known
+
+
+def runs_for(*tensors: Tensor) -> bool:
+    """Return whether native operators take these tensors now: fp32 or bf16, on the CPU, in eager mode (what
+    is compiled or exported fuses torch's own operators).
+    """
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return all(one.device.type == "cpu" and one.dtype in DTYPES for one in tensors) and is_ready()
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Compute with torch's own operators inside this context, process-wide: for measuring what ours gain."""
+    global _left_out
+    with _lock:
+        _left_out += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _left_out -= 1
 
 
 def _load() -> Status:
