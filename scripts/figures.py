@@ -40,6 +40,8 @@ def block(name: str, root: Path) -> str:
         return bench_block(record, path.name)
     if str(record.get("schema", "")).startswith("gatewright.bench.routers."):
         return routers_block(record, path.name)
+    if str(record.get("schema", "")).startswith("gatewright.bench.step."):
+        return step_block(record, path.name)
     if "arms" in record:
         return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.
@@ -151,6 +153,47 @@ def routers_block(record: Mapping[str, Any], source: str) -> str:
         f"{place['torch']}, commit `{place['commit']}`; every number is taken from "
         f"`reproductions/{source}`.\n"
     )
+
+
+def step_block(record: Mapping[str, Any], source: str) -> str:
+    """Return whole steps, goals and parts of a training step, and where it was measured."""
+    words = {True: "held", False: "not held", None: "open"}
+    lines = []
+    for row in record["rows"]:
+        steps = [
+            f"{name.replace('_', ' ')} {1e3 * own['median']:.1f} ms"
+            for name, own in row["step_seconds"].items()
+        ]
+        lines += [
+            f"{row['precision']}: {', '.join(steps)}.",
+            "",
+            "| part | sparse | / floor | dense | / floor |",
+        ]
+        lines += ["|---|--:|--:|--:|--:|"]
+        sides = [row["sides"][name]["parts"] for name in ("sparse", "dense")]
+        for part in dict.fromkeys(part for own in sides for part in own):
+            lines.append(
+                f"| {part.replace('_', ' ')} | {' | '.join(_part(own.get(part)) for own in sides)} |"
+            )
+        lines.append("")
+    lines += [f"- {words[g['held']]}: {g['precision']}: {g['goal']}: {g['shown']}" for g in record["goals"]]
+    place, how = record["environment"], record["settings"]
+    rates = [f"{name} {rate['median'] / 1e9:.1f} G/s" for name, rate in record["machine"].items()]
+    lines += [
+        "",
+        f"Measured with `{record['command']}` on {place['processor']} ({', '.join(rates)}), "
+        f"{place['threads']} threads, torch {place['torch']}, allocator {how['allocator']}, {how['rounds']} "
+        f"rounds, commit `{place['commit']}`; every number is taken from `reproductions/{source}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _part(own: Mapping[str, Any] | None) -> str:
+    """Return a part's milliseconds and its time over its floor, as two cells."""
+    if own is None:
+        return "- | -"
+    taken = own["forward"] + own["backward"]
+    return f"{1e3 * taken:.2f} ms | " + (f"{taken / own['floor']:.1f}" if own["floor"] else "-")
 
 
 def _goal(goal: Mapping[str, Any]) -> str:

@@ -55,6 +55,36 @@ def test_layer_is_what_no_word_means(capsys, asked: list[BenchRun]):
     assert "held     fp32 forward-backward: 1.6 times as fast" in out
 
 
+def test_a_step_takes_a_paper_and_its_flags(capsys, monkeypatch):
+    seen: list[measuring.StepRun] = []
+
+    class Result:
+        def check(self) -> None:
+            """Quiet."""
+
+        def to_dict(self) -> dict[str, str]:
+            return {"a": "b"}
+
+        def to_text(self) -> str:
+            return "a table"
+
+    def fake(run: measuring.StepRun) -> Result:
+        seen.append(run)
+        return Result()
+
+    monkeypatch.setattr(measuring, "bench_step", fake)
+    assert main(["bench", "step"]) == 0
+    assert (
+        main(["bench", "step", "switch", "--precisions", "bf16", "--num-experts", "8", "--rounds", "11"]) == 0
+    )
+    assert capsys.readouterr().out == "a table\na table\n"
+    assert [(run.paper, run.precisions, run.rounds) for run in seen] == [
+        ("mixtral", ("fp32", "bf16"), 15),
+        ("switch", ("bf16",), 11),
+    ]
+    assert [run.model.num_experts for run in seen] == [64, 8]
+
+
 def test_refused_rows_are_named_on_stderr_and_exit_with_1(capsys):
     assert main(["bench", "--rounds", "12"]) == 1
     out, err = capsys.readouterr()
@@ -86,6 +116,9 @@ def test_the_allocator_that_took_effect_is_recorded(capsys, monkeypatch, asked: 
         ("bench --threads -1", ["--threads -1"]),
         ("bench --quick --rows 8x8x8x2x1", ["--quick with --rows"]),
         ("bench routers --rounds 3", ["rounds 3"]),
+        ("bench step --rounds 3", ["rounds 3", "11 or more"]),
+        ("bench step mixtrall", ["mixtrall", "did you mean 'mixtral'"]),
+        ("bench step --quick", ["--quick", "gatewright bench step mixtral --help"]),
         ("bench routers --quick", ["--quick", "gatewright bench routers --help"]),
     ],
 )

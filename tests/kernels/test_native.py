@@ -290,16 +290,3 @@ def test_where_it_does_not_run_the_name_is_refused_and_another_is_chosen(monkeyp
     with pytest.raises(UserError, match=r"backend 'native' does not run here: no C\+\+ compiler"):
         expert_mlp(x, plan, combine, weights, "native")
     assert expert_mlp(x, plan, combine, weights).shape == (1, 3)
-
-
-def test_left_out_natives_stay_away_and_come_back() -> None:
-    x = torch.randn(4, 8)
-    with native.left_out(), native.left_out():
-        assert not native.is_ready()
-        assert not native.runs_for(x)
-        assert choose_backend(None, x)[0] == "grouped"
-        assert "left out" in native.status().reason
-    assert native.runs_for(x)
-    assert native.runs_for(x.bfloat16(), x)
-    assert not native.runs_for(x.double())
-    assert not native.runs_for(x, x.to("meta"))

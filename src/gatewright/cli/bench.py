@@ -1,4 +1,4 @@
-"""`gatewright bench [layer|routers]`: what a layer, or every router, costs on this machine."""
+"""`gatewright bench [layer|routers|step]`: what a layer, every router, or a training step costs here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import Any
 from .run import Common, Outcome, command, fail, prepare_process
 
 # Word -> settings class and function, both of gatewright.measuring; the first is what no word means.
-KINDS = {"layer": ("BenchRun", "bench_layer"), "routers": ("RoutersRun", "bench_routers")}
+KINDS = {
+    "layer": ("BenchRun", "bench_layer"),
+    "routers": ("RoutersRun", "bench_routers"),
+    "step": ("StepRun", "bench_step"),
+}
 INTRO = (
     "layer, the default: one expert layer against dense layers and transformers.\n"
-    "routers: every routing rule against plain token choice."
+    "routers: every routing rule against plain token choice.\n"
+    "step [PAPER]: a whole training step, sparse and dense, part by part."
 )
 
 
@@ -24,6 +29,7 @@ def work(argv: list[str], common: Common) -> Outcome:
     """Measure and return the result; rows that were refused are named on stderr."""
     from .. import measuring
     from ..errors import RunFailure, UserError, did_you_mean
+    from .paper import run_from
     from .parse import settings_from, take_words
 
     words, rest = take_words(argv, most=1)
@@ -32,7 +38,12 @@ def work(argv: list[str], common: Common) -> Outcome:
         near = did_you_mean(kind, KINDS)
         raise UserError(f"gatewright bench {kind}: unknown{near}; allowed: {', '.join(KINDS)}")
     settings, function = (getattr(measuring, name) for name in KINDS[kind])
-    (run,) = settings_from(rest, settings, prog=f"gatewright bench {kind}", toml=common.from_, intro=INTRO)
+    prog = f"gatewright bench {kind}"
+    run: Any
+    if kind == "step":
+        run = run_from(rest, settings, common.from_, prog)
+    else:
+        (run,) = settings_from(rest, settings, prog=prog, toml=common.from_, intro=INTRO)
     kept = prepare_process(run.threads, keep_memory=run.allocator == "kept")
     # What took effect is what is recorded.
     run = dataclasses.replace(run, allocator="kept" if kept else "default")
