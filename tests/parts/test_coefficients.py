@@ -70,6 +70,15 @@ def fairseq(layers: list[Tensor], k: int, coefficient: float) -> Tensor:
     return coefficient * torch.stack(squared(layers)).mean()
 
 
+def fastmoe_switch(layers: list[Tensor], k: int, coefficient: float) -> Tensor:
+    """Return sum(fraction_expert * prob_expert) * tot_expert of each layer, added by the caller."""
+    found = []
+    for scores in layers:
+        fraction, prob = hits(scores, 1) / len(scores), scores.sum(dim=0) / len(scores)
+        found.append((fraction * prob).sum() * E)
+    return coefficient * torch.stack(found).sum()
+
+
 def tutel(layers: list[Tensor], k: int, coefficient: float) -> Tensor:
     """Return sum(me * ce) / S with ce in units of E / S, added by the caller."""
     found = []
@@ -148,6 +157,9 @@ EXACT: tuple[tuple[str, str, int, int | None, Formula, int], ...] = (
     ("fairscale", "gshard", 2, None, fairscale, L),
     ("fairseq", "gshard", 2, None, fairseq, L),
     ("deepspeed", "gshard", 2, None, mesh_tensorflow, L),
+    ("fastmoe", "gshard", 2, None, mesh_tensorflow, L),
+    ("fastmoe", "balance", 1, None, fastmoe_switch, L),
+    ("nllb", "balance", 2, None, transformers, 1),
     ("tutel", "gshard", 2, None, tutel, L),
 )
 
@@ -233,6 +245,7 @@ PUBLISHED: tuple[tuple[str, dict[str, int], dict[str, float]], ...] = (
     ("expert_choice", {}, {"balance": 0.0}),
     ("mixtral", {"num_selected": 2}, {"balance": 0.04}),
     ("qwen3", {"num_selected": 8}, {"balance": 0.008}),
+    ("nllb", {"num_selected": 2}, {"balance": 0.002}),
     ("deepseek_moe", {"num_layers": 9}, {"balance": 0.09}),
     ("deepseek_moe_16b", {"num_layers": 27}, {"balance": 0.027}),
     ("deepseek_v2", {"num_layers": 59}, {"balance": 0.177, "device": 2.95, "communication": 1.18}),

@@ -98,6 +98,15 @@ CONVENTIONS: dict[str, dict[str, Convention]] = {
             "num_selected",
         )
     },
+    "nllb": {
+        "balance": Convention(
+            f"transformers' default configuration and convention, {_TO_K}; encoder's and decoder's are added",
+            0.001,
+            False,
+            _selected,
+            "num_selected",
+        )
+    },
     "deepseek_moe": {"balance": Convention(f"the 2B model's; {_DEEPSEEK}", 0.01, True)},
     "deepseek_moe_16b": {"balance": Convention(_DEEPSEEK, 0.001, True)},
     "deepseek_v2": {
@@ -141,6 +150,10 @@ CONVENTIONS: dict[str, dict[str, Convention]] = {
         )
     },
     "fairseq": {"gshard": Convention("first choices, with E^2; averages layers unless told to sum")},
+    "fastmoe": {
+        "gshard": Convention(f"first choices, with E^2; {_CALLER}", None, True),
+        "balance": Convention(f"the Switch gate's, as here while nothing is dropped; {_CALLER}", None, True),
+    },
     "deepspeed": {"gshard": Convention(f"first choices, with E^2 (top-1 and top-2); {_CALLER}", None, True)},
     "tutel": {
         "gshard": Convention(f"first choices, with E^2; {_CALLER}", None, True),
