@@ -1,4 +1,4 @@
-"""Time every named router against plain token choice: x to Assignment and back, sides alternating."""
+"""Time every named router against plain token choice: x to plan and record and back, sides alternating."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gatewright.measuring.rounds import Turn, check_rounds, paired, time_rounds
 from gatewright.measuring.run import Allocator
-from gatewright.parts import MoELayer, RouterInfo, RoutingCall, all_routers, build_router
+from gatewright.parts import MoELayer, RouterInfo, all_routers
+from gatewright.parts.record import record_call
 from gatewright.training.checkpoint import write_atomic
 from gatewright.training.runlog import Progress
 from gatewright.training.workplace import command_line, environment, now, own_folder
@@ -126,20 +128,17 @@ def time_router(
 
 
 def _side(name: str, tokens: int, num_selected: int) -> Turn:
-    """Return a turn that routes forward and backward once."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        num_experts = 1 if name == "mixture_of_depths" else NUM_EXPERTS
-        router = build_router(name, WIDTH, num_experts, num_selected)
-        with torch.no_grad():
-            router.weight.normal_(std=WIDTH**-0.5)
-        x = torch.randn(tokens, WIDTH, requires_grad=True)
-        call = RoutingCall(training=True, key=torch.tensor(1), token_ids=torch.randint(256, (tokens,)))
+    """Return a turn that does all that a layer does but its experts: tokens to plan and record, and back."""
+    layer, x, ids, key = _layer(name, tokens, num_selected, expert_width=1)
 
     def run() -> None:
-        routed = router.route(x, call)
-        own = [value.sum() for value in routed.assignment.sums.values() if value.requires_grad]
-        total = routed.assignment.weights.sum() + routed.probabilities.sum() + sum(own)
+        flat, call = layer._call(x, None, key, ids)
+        routed = layer.router.route(flat, call)
+        sent, plan = layer._plan(routed, call)
+        record = record_call(routed, plan, None, call.stats_size, False, sent)
+        own = [value.sum() for value in record.sums.values() if value.requires_grad]
+        # Every expert's mean score gets a gradient of its own, as from a balance loss.
+        total = sent.weights.sum() + record.score_sums.square().sum() + sum(own)
         if total.requires_grad:
             total.backward()
 
@@ -148,14 +147,7 @@ def _side(name: str, tokens: int, num_selected: int) -> Turn:
 
 def _layer_side(name: str, tokens: int, num_selected: int) -> Turn:
     """Return a turn that takes a whole layer of narrow experts forward and backward once."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        num_experts = 1 if name == "mixture_of_depths" else NUM_EXPERTS
-        layer = MoELayer(WIDTH, num_experts, num_selected, WIDTH, router=name)
-        with torch.no_grad():
-            layer.router.weight.normal_(std=WIDTH**-0.5)
-        x = torch.randn(tokens, WIDTH, requires_grad=True)
-        ids, key = torch.randint(256, (tokens,)), torch.tensor(1)
+    layer, x, ids, key = _layer(name, tokens, num_selected, expert_width=WIDTH)
 
     def run() -> None:
         y, stats = layer(x, key=key, token_ids=ids)
@@ -163,3 +155,17 @@ def _layer_side(name: str, tokens: int, num_selected: int) -> Turn:
         (y.sum() + stats["router"].score_sums.sum() + sum(own)).backward()
 
     return Turn(run, lambda: None)
+
+
+def _layer(
+    name: str, tokens: int, num_selected: int, expert_width: int
+) -> tuple[MoELayer, Tensor, Tensor, Tensor]:
+    """Return a layer with this router, its tokens [T, D], their ids and the key of its noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        num_experts = 1 if name == "mixture_of_depths" else NUM_EXPERTS
+        layer = MoELayer(WIDTH, num_experts, num_selected, expert_width, router=name)
+        with torch.no_grad():
+            layer.router.weight.normal_(std=WIDTH**-0.5)
+        x = torch.randn(tokens, WIDTH, requires_grad=True)
+        return layer, x, torch.randint(256, (tokens,)), torch.tensor(1)
