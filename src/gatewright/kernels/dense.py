@@ -11,6 +11,9 @@ from gatewright.kernels.activations import activate
 from gatewright.kernels.linears import multiplied_in, takes
 from gatewright.kernels.native.step import Mlp
 
+# Tokens from which packing weights pays, and the largest sizes that do (see `fits`).
+_LEAST_TOKENS, _MOST_WEIGHTS, _WIDEST_NARROW = 128, 3 * 2**17, 128
+
 
 def dense_mlp(
     x: Float[Tensor, "*batch D"],
@@ -25,7 +28,8 @@ def dense_mlp(
     """
     kind = multiplied_in(x)
     given = [one for one in (w_in, w_down, b_in, b_down) if one is not None]
-    if _pays(x, w_down) and takes(kind, x, given):
+    enough = x.numel() >= _LEAST_TOKENS * x.shape[-1]
+    if enough and fits(*w_down.shape, kind) and takes(kind, x, given):
         laid = [None if one is None else one.contiguous() for one in (w_in, w_down, b_in, b_down)]
         rows = x.reshape(-1, x.shape[-1]).to(kind).contiguous()
         out: Tensor = Mlp.apply(rows, *laid, activation)
@@ -33,5 +37,8 @@ def dense_mlp(
     return F.linear(activate(activation, F.linear(x, w_in, b_in)), w_down, b_down)
 
 
-def _pays(x: Tensor, w_down: Tensor) -> bool:
-    return True
+def fits(width: int, ffn_width: int, kind: torch.dtype) -> bool:
+    """Return whether a layer of these sizes is computed natively, multiplied in `kind`: those that were
+    measured to be faster. Beyond, its weights leave the caches, and torch's blocks for large matrices win.
+    """
+    return width * ffn_width <= _MOST_WEIGHTS and (kind == torch.float32 or width <= _WIDEST_NARROW)

@@ -12,6 +12,9 @@ from torch import Tensor
 from gatewright.kernels import native
 from gatewright.kernels.native.step import Maps
 
+# Tokens from which packing weights pays, and the largest sizes that do (see `_pays`).
+_LEAST_TOKENS, _MOST_OUTPUTS, _MOST_WEIGHTS, _WIDEST_NARROW = 1024, 2048, 2**19, 128
+
 
 def multiplied_in(x: Float[Tensor, "*batch D"]) -> torch.dtype:
     """Return the dtype that torch's linear maps of x multiply in here: autocast's, or x's own."""
@@ -47,4 +50,12 @@ def linears(
 
 
 def _pays(x: Tensor, weights: Sequence[Tensor], kind: torch.dtype) -> bool:
-    return True
+    """Return whether these sizes are faster than torch's own, as measured: beyond them both do the same
+    arithmetic, and torch's blocks for large matrices win.
+    """
+    width, outputs = x.shape[-1], [weight.shape[0] for weight in weights]
+    few = max(outputs) <= _MOST_OUTPUTS and max(outputs) * width <= _MOST_WEIGHTS
+    if kind == torch.bfloat16:
+        # Torch's bf16 is fast from the first: what is left to gain is reading and narrowing x once.
+        few = few and width <= _WIDEST_NARROW and 2 * sum(outputs) >= 3 * width
+    return few and x.numel() >= _LEAST_TOKENS * width

@@ -40,6 +40,7 @@ inline void along(const X* row, int64_t V, const Body& body) {
   float numbers[LANES];
   for (; j + LANES <= V; j += LANES) {
     if constexpr (is_bf16<X>) {
+#pragma omp simd
       for (int i = 0; i < LANES; ++i) numbers[i] = widen(row[j + i]);
       body(j, load(numbers));
     } else {
@@ -107,11 +108,11 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad, const at::Tensor& logi
           const vf share = exp(value - sum) * scale;
           float numbers[LANES];
           gatewright::store(numbers, share);
-          const int64_t count = std::min<int64_t>(LANES, rows.V - j);
-          if (count == LANES) {
+          if (j + LANES <= rows.V) {
+#pragma omp simd
             for (int i = 0; i < LANES; ++i) to[j + i] = narrow<X>(numbers[i]);
           } else {
-            for (int64_t i = 0; i < count; ++i) to[j + i] = narrow<X>(numbers[i]);
+            for (int64_t i = 0; i < rows.V - j; ++i) to[j + i] = narrow<X>(numbers[i]);
           }
         });
         // The target's share anew: less 1 before it is rounded.
