@@ -142,9 +142,8 @@ def _shape_of_maps(x: Tensor, weights: list[Tensor], narrowed: bool) -> list[Ten
     return [x.new_empty((x.shape[0], weight.shape[0]), dtype=kind) for weight in weights]
 
 
-def _shape_of_maps_backward(
-    gradients: list[Tensor], x: Tensor, weights: list[Tensor], narrowed: bool, need_x: bool, need_weights: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _shape_of_maps_backward(*given: Any) -> tuple[Tensor, list[Tensor]]:
+    _, x, weights, _, need_x, need_weights = given
     of_weights = [torch.empty_like(weight) for weight in weights] if need_weights else []
     return x.new_empty((x.shape[0] if need_x else 0, x.shape[1])), of_weights
 
