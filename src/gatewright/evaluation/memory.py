@@ -121,7 +121,7 @@ def _feed_forward_bytes(module: nn.Module, width: int, each: float) -> float:
 
 def _mlp_bytes(mlp: MLP, each: float) -> float:
     hidden, pre = mlp.w_down.shape[1], mlp.w_in.shape[0]
-    if native.is_ready() and fits(*mlp.w_down.shape, _DTYPE_OF[each]):
+    if native.is_ready() and fits(mlp.w_down.shape[0], hidden, _DTYPE_OF[each]):
         return each * pre
     if mlp.activation == "linear":
         return each * hidden
