@@ -13,7 +13,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "places": set(),
     "kernels": {"errors", "places"},
     "parts": {"errors", "kernels"},
-    "objectives": {"errors", "parts"},
+    "objectives": {"errors", "kernels", "parts"},
     "backbones": {"errors", "kernels", "parts"},
     "papers": {"errors", "kernels", "parts", "objectives", "backbones"},
     "data": {"errors", "places"},
@@ -48,7 +48,10 @@ HOME_OF = {
     "transformers": "conversion",
 }
 PARTS_NEVER = {"logging", "torch.distributed", "tyro", "rich", "argparse"}
-OBJECTIVES_SEE = {"gatewright.parts.balancing", "gatewright.parts.losses", "gatewright.parts.stats"}
+OBJECTIVES_SEE = {
+    *("gatewright.parts.balancing", "gatewright.parts.losses", "gatewright.parts.stats"),
+    "gatewright.kernels.cross_entropy",
+}
 PAPER_IDS = (
     *("local_experts", "hme", "deep_moe", "sparsely_gated", "gshard", "switch", "glam", "vmoe", "st_moe"),
     *("expert_choice", "mixtral", "deepseek_moe", "deepseek_v2", "deepseek_v3", "olmoe"),
@@ -120,8 +123,9 @@ def _against_rooms(module: str, room: str, name: str, package: str) -> str:
     target = parts[1] if len(parts) > 1 else ""
     if target not in {room, "__version__", *MAY_IMPORT[room]}:
         return f"{room} may import {', '.join(sorted(MAY_IMPORT[room])) or 'no other room'}"
-    if room == "objectives" and target == "parts" and not any(within(name, seen) for seen in OBJECTIVES_SEE):
-        return "objectives see parts.balancing, parts.losses and parts.stats only"
+    low = target in ("parts", "kernels")
+    if room == "objectives" and low and not any(within(name, seen) for seen in OBJECTIVES_SEE):
+        return "objectives see parts.balancing, parts.losses, parts.stats and kernels.cross_entropy only"
     own = module.split(".")[2:3]
     if room == target == "papers" and own and own[0] in PAPER_IDS and parts[2:3] and parts[2] in PAPER_IDS:
         return "a paper never imports another paper"

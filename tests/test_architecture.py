@@ -58,6 +58,7 @@ def test_the_oracle_stands_alone():
         ("parts/a.py", "import logging", "parts is pure mechanism"),
         ("objectives/a.py", "from gatewright.parts.layer import MoELayer", "objectives see parts.balancing"),
         ("objectives/a.py", "from gatewright.parts import Stats", "objectives see parts.balancing"),
+        ("objectives/a.py", "from gatewright.kernels import linears", "kernels.cross_entropy only"),
         ("objectives/a.py", "from gatewright.backbones import mlp", "objectives may import"),
         ("papers/switch.py", "from gatewright.papers.mixtral import Settings", "never imports another paper"),
         ("papers/switch.py", "from . import mixtral", "never imports another paper"),
@@ -91,7 +92,8 @@ def test_allowed_imports_pass(tmp_path: Path):
         {
             "__init__.py": "from gatewright.parts import MoELayer",
             "parts/a.py": "import torch\nfrom gatewright.kernels import plan\nfrom . import b",
-            "objectives/a.py": "from gatewright.parts.balancing import z_loss\nfrom ..parts import stats",
+            "objectives/a.py": "from gatewright.parts.balancing import z_loss\nfrom ..parts import stats\n"
+            "from gatewright.kernels import cross_entropy",
             "papers/registry.py": "from gatewright.papers import switch, mixtral",
             "papers/switch.py": "from gatewright.papers.base import Info",
             "inspection/a.py": "import matplotlib.pyplot\nfrom gatewright.evaluation import bits",

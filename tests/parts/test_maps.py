@@ -83,9 +83,25 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch):
 def test_what_does_not_fit_is_refused():
     x, weights = given(130, 33, (7, 16))
     forward, backward = torch.ops.gatewright.maps_forward, torch.ops.gatewright.maps_backward
-    with pytest.raises(ValueError, match="contiguous matrices of one width on the CPU, fp32 or, for x, bf16"):
-        forward(x, [weights[0][:, :5].contiguous()])
-    with pytest.raises(ValueError, match="contiguous matrices of one width on the CPU, fp32 or, for x, bf16"):
-        forward(x.double(), weights)
-    with pytest.raises(ValueError, match="gradient 1 does not fit"):
-        backward([torch.ones(130, 7), torch.ones(130, 7)], x, weights, True)
+    only = "contiguous matrices of one width on the CPU, fp32 or, for x and what is multiplied in it, bf16"
+    wrong = [
+        (x, [weights[0][:, :5].contiguous()], False),
+        (x, [weights[0], weights[1].T.contiguous().T], False),
+        (x.double(), weights, False),
+        (x, [weights[0], weights[1].bfloat16()], True),
+        (x.bfloat16(), [weight.bfloat16() for weight in weights], False),
+        (x, [], True),
+    ]
+    for given_wrongly in wrong:
+        with pytest.raises(ValueError, match=only):
+            forward(*given_wrongly)
+    due = [torch.ones(130, 7), torch.ones(130, 16)]
+    for gradients in (
+        [due[0], due[0]],
+        [due[0], due[1].bfloat16()],
+        [due[0], torch.ones(16, 130).T],
+    ):
+        with pytest.raises(ValueError, match="gradient 1 does not fit"):
+            backward(gradients, x, weights, False, True, True)
+    with pytest.raises(ValueError, match="one gradient for each map"):
+        backward(due[:1], x, weights, False, True, True)

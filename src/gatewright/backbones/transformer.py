@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
 from gatewright.backbones.norm import RMSNorm
 from gatewright.errors import UserError
+from gatewright.kernels import linears
 from gatewright.parts import MoELayer, Router, Stats
 from gatewright.parts.draws import fold
 
@@ -60,8 +61,8 @@ class Block(nn.Module):
         """Return the block's output and the Stats of its router (empty for a dense block); `key` and
         `token_ids` are what MoELayer takes.
         """
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
-        normed = self.feed_forward_norm(x)
+        attended = self.attention(self.attention_norm(x), cos, sin, cache)
+        x, normed = self.feed_forward_norm.after_adding(x, attended)
         if isinstance(self.feed_forward, MoELayer):
             y, stats = self.feed_forward(normed, capture=capture, key=key, token_ids=token_ids)
             return x + y, stats
@@ -173,4 +174,5 @@ class Decoder(nn.Module):
             own_cache = None if cache is None else cache.layers[i]
             x, own = block(x, cos, sin, own_cache, capture, own_key, tokens)
             stats = stats | own.under(f"layers.{i}")
-        return DecoderOutput(self.head(self.norm(x)), stats)
+        (logits,) = linears(self.norm(x), [self.head.weight])
+        return DecoderOutput(logits, stats)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from gatewright.backbones import Attention, Block, Decoder
 from gatewright.errors import UserError, did_you_mean
 from gatewright.kernels import native
+from gatewright.kernels.dense import fits
 from gatewright.parts import MLP, Experts, MoELayer, Router
 from gatewright.parts.free_experts import FreeExperts
 from gatewright.parts.nested_experts import ModuleExperts
@@ -23,6 +25,7 @@ BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 # Bytes of state per parameter beside weight and gradient; two fp32 moments, one, or none.
 OPTIMIZERS = {"adamw": 8, "sgd_momentum": 4, "sgd": 0}
 MASTER_BYTES = 4
+_DTYPE_OF = {4.0: torch.float32, 2.0: torch.bfloat16}
 TRAINED_DTYPES = ("fp32", "bf16")
 
 
@@ -69,14 +72,22 @@ def training_memory(model: Decoder, dtype: str, context: int, batch: int, optimi
         weights=each * count,
         gradients=each * count,
         optimizer=float((state + master) * count),
-        activations=tokens * (sum(blocks) + ends),
+        activations=tokens * (sum(blocks) + ends) + _wide_copies(model, each),
         recomputed=tokens * (kept_inputs + max(blocks) + ends),
     )
 
 
-def _norm_bytes(width: int, each: float, output_kept: bool = True) -> float:
-    """Per token: input and normalised values in fp32, and the output where the next layer keeps it."""
-    return 8 * width + (each * width if output_kept else 0)
+def _wide_copies(model: Decoder, each: float) -> float:
+    """The routers' weights in fp32, in which they multiply, where they are narrower."""
+    return 4.0 * sum(router.weight.numel() for router in model.routers().values()) if each < 4 else 0.0
+
+
+def _norm_bytes(width: int, each: float, output_kept: bool = True, norms: int = 1) -> float:
+    """Per token: input and normalised values in fp32, in native passes the input as it came and the root of
+    each of `norms`; and the output where the next layer keeps it.
+    """
+    inner = each * width + 4 * norms if native.is_ready() else 8 * width
+    return inner + (each * width if output_kept else 0)
 
 
 def _block_bytes(block: Block, each: float) -> float:
@@ -92,7 +103,9 @@ def _block_bytes(block: Block, each: float) -> float:
     query, key = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
     kept = 2 * _norm_bytes(width, each) + each * (2 * query + 2 * key) + 4 * attention.num_heads
     if attention.qk_norm != "none":
-        kept += _norm_bytes(query, each, output_kept=False) + _norm_bytes(key, each, output_kept=False)
+        per_head = attention.qk_norm == "head"
+        for size, heads in ((query, attention.num_heads), (key, attention.num_kv_heads)):
+            kept += _norm_bytes(size, each, output_kept=False, norms=heads if per_head else 1)
     return kept + _feed_forward_bytes(block.feed_forward, width, each)
 
 
@@ -108,6 +121,8 @@ def _feed_forward_bytes(module: nn.Module, width: int, each: float) -> float:
 
 def _mlp_bytes(mlp: MLP, each: float) -> float:
     hidden, pre = mlp.w_down.shape[1], mlp.w_in.shape[0]
+    if native.is_ready() and fits(mlp.w_down.shape[0], hidden, _DTYPE_OF[each]):
+        return each * pre
     if mlp.activation == "linear":
         return each * hidden
     if mlp.activation == "clamped_swiglu":
@@ -157,8 +172,11 @@ def _expert_bytes(experts: nn.Module, width: int, num_selected: float, each: flo
 
 
 def _ends_bytes(model: Decoder, each: float) -> float:
-    """Per token: id, last norm, and at the loss logits, their fp32 copy or gradient, log-probabilities."""
-    return 8 + _norm_bytes(model.width, each) + model.vocab_size * (each + 4 + 4)
+    """Per token: id, last norm, and at the loss logits and their gradient; in native passes a log-sum-exp,
+    else the logits' fp32 copy or gradient and log-probabilities.
+    """
+    loss = model.vocab_size * 2 * each + 4 if native.is_ready() else model.vocab_size * (each + 4 + 4)
+    return 8 + _norm_bytes(model.width, each) + loss
 
 
 def kv_cache_bytes_per_token(model: Decoder, each: float) -> float:

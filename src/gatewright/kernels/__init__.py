@@ -8,7 +8,11 @@ from gatewright.kernels.choose import (
     expert_mlp_sorted,
     runnable_backends,
 )
+from gatewright.kernels.cross_entropy import cross_entropy
+from gatewright.kernels.dense import dense_mlp
+from gatewright.kernels.linears import linears
 from gatewright.kernels.native.route import FusedRoute, TopK, fused_route
+from gatewright.kernels.norm import add_norm, rms_norm
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 from gatewright.kernels.ranking import rank_rows, ranks_fast
 
@@ -20,13 +24,18 @@ __all__ = [
     "FusedRoute",
     "TopK",
     "activate",
+    "add_norm",
     "check_activation",
     "choose_backend",
+    "cross_entropy",
+    "dense_mlp",
     "expert_mlp",
     "expert_mlp_sorted",
     "fused_route",
     "is_gated",
+    "linears",
     "rank_rows",
     "ranks_fast",
+    "rms_norm",
     "runnable_backends",
 ]

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gatewright.errors import UserError, did_you_mean
+from gatewright.kernels import cross_entropy
 from gatewright.parts.balancing import SCOPES, Scope, balance_loss, z_loss
 from gatewright.parts.losses import LOSSES
 from gatewright.parts.stats import Stats
@@ -76,8 +75,7 @@ class NextToken:
         """Return the Loss; `targets` [B, S] int64 is the token that follows each; cross-entropy is taken
         in at least fp32. `counts`: each router's counts over the global batch, for that scope.
         """
-        logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-        task = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        task = cross_entropy(output.logits.flatten(0, 1), targets.flatten())
         counts = counts if self.scope == "global_batch" else None
         balance, z = balance_loss(output.stats, self.scope, counts), z_loss(output.stats)
         total = task

@@ -199,6 +199,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const std::optional<at::Tensor>& hidden_scale, const at::Tensor& token_ids, const at::Tensor& counts,
     const at::Tensor& slots, c10::string_view activation, bool weigh_input) {
   Inputs in{x, combine_weights, w_in, w_down, b_in, b_down, hidden_scale, token_ids, counts, slots, weigh_input};
+  const Gradients out = backward_of(in, grad_y, pre, need_x, need_weights, activation);
+  auto or_none = [&](const at::Tensor& found) { return found.defined() ? found : at::empty({0}, x.options()); };
+  return {or_none(out.x), out.combine_weights, or_none(out.w_in), or_none(out.w_down), or_none(out.b_in),
+          or_none(out.b_down)};
+}
+
+}  // namespace
+
+Gradients backward_of(const Inputs& in, const at::Tensor& grad_y, const at::Tensor& pre, bool need_x, bool need_weights,
+                      c10::string_view activation) {
+  const at::Tensor& x = in.x;
   Gradients out;
   with_activation(activation, [&](auto act) {
     using Act = decltype(act);
@@ -210,21 +221,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     if (need_x) out.x = pooled_empty({s.T, s.D}, x.scalar_type());
     out.combine_weights = pooled_empty({s.T, s.K}, at::kFloat);
     if (need_weights) {
-      out.w_in = pooled_empty(w_in.sizes(), w_in.scalar_type());
-      out.w_down = pooled_empty(w_down.sizes(), w_down.scalar_type());
-      if (b_in) out.b_in = pooled_empty(b_in->sizes(), b_in->scalar_type());
-      if (b_down) out.b_down = pooled_empty(b_down->sizes(), b_down->scalar_type());
+      out.w_in = pooled_empty(in.w_in.sizes(), in.w_in.scalar_type());
+      out.w_down = pooled_empty(in.w_down.sizes(), in.w_down.scalar_type());
+      if (in.b_in) out.b_in = pooled_empty(in.b_in->sizes(), in.b_in->scalar_type());
+      if (in.b_down) out.b_down = pooled_empty(in.b_down->sizes(), in.b_down->scalar_type());
     }
-    with_dtypes(x.scalar_type(), w_in.scalar_type(), [&]<class T, class W>() {
+    with_dtypes(x.scalar_type(), in.w_in.scalar_type(), [&]<class T, class W>() {
       Backward<T, W, Act>(in, s, grad_y, pre, need_x, need_weights, out).run();
     });
   });
-  auto or_none = [&](const at::Tensor& found) { return found.defined() ? found : at::empty({0}, x.options()); };
-  return {or_none(out.x), out.combine_weights, or_none(out.w_in), or_none(out.w_down), or_none(out.b_in),
-          or_none(out.b_down)};
+  return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gatewright, m) {
   m.def(

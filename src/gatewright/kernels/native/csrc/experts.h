@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "blocks.h"
@@ -33,6 +34,16 @@ struct Sizes {
 
 // Raises where shapes, dtypes or indices do not fit; after it, no pointer below leaves its tensor.
 Sizes check(const Inputs& inputs, bool gated);
+
+// Gradients of a call's tensors; undefined where not asked for.
+struct Gradients {
+  at::Tensor x, combine_weights, w_in, w_down, b_in, b_down;
+};
+
+// The experts' output and, with `keep`, their pre-activations (else no rows of them); and all gradients.
+std::tuple<at::Tensor, at::Tensor> forward_of(const Inputs& inputs, c10::string_view activation, bool keep);
+Gradients backward_of(const Inputs& inputs, const at::Tensor& grad_y, const at::Tensor& pre, bool need_x,
+                      bool need_weights, c10::string_view activation);
 
 // Consecutive rows of one expert.
 struct Task {

@@ -27,6 +27,9 @@ class Forward {
 
   void run() {
     weights_of_rows(in_, s_, row_weights_.as<float>());
+    // The one expert of a dense layer has many tasks: its weights are packed once for all of them.
+    Scratch packed(s_.E == 1 ? layout_.size() : 0);
+    if (s_.E == 1) pack(0, once_ = packed.as<char>());
     const auto tasks = tasks_of(in_.counts, std::max<int64_t>(256, s_.M / 16));
     const int threads = threads_for(tasks.size());
     Scratch scratch(layout_.size() * threads);
@@ -47,10 +50,10 @@ class Forward {
     float* first = reinterpret_cast<float*>(block + first_at_);
     T* hidden = reinterpret_cast<T*>(block + hidden_at_);
     float* second = reinterpret_cast<float*>(block + second_at_);
-    uint32_t* w_in = reinterpret_cast<uint32_t*>(block + w_in_at_);
-    uint32_t* w_down = reinterpret_cast<uint32_t*>(block + w_down_at_);
-    pack_transposed<T, W>(data<W>(in_.w_in) + task.expert * H * D, H, D, w_in, spread(H));
-    pack_transposed<T, W>(data<W>(in_.w_down) + task.expert * D * F, D, F, w_down, spread(D));
+    if (once_ == nullptr) pack(task.expert, block);
+    const char* weights = once_ ? once_ : block;
+    const uint32_t* w_in = reinterpret_cast<const uint32_t*>(weights + w_in_at_);
+    const uint32_t* w_down = reinterpret_cast<const uint32_t*>(weights + w_down_at_);
     const int64_t step = even_panels(task.end - task.begin, rows_);
     for (int64_t begin = task.begin; begin < task.end; begin += step) {
       const int64_t rows = std::min(step, task.end - begin), padded = round_up(rows, 8);
@@ -62,6 +65,12 @@ class Forward {
       multiply(padded, D, hidden_width_, hidden, hidden_width_, w_down, spread(D), second, D, false);
       for (int64_t r = 0; r < rows; ++r) store(task.expert, begin + r, second + r * D);
     }
+  }
+
+  void pack(int64_t expert, char* block) const {
+    const int64_t D = s_.D, H = s_.H, F = s_.F;
+    pack_transposed<T, W>(data<W>(in_.w_in) + expert * H * D, H, D, reinterpret_cast<uint32_t*>(block + w_in_at_), spread(H));
+    pack_transposed<T, W>(data<W>(in_.w_down) + expert * D * F, D, F, reinterpret_cast<uint32_t*>(block + w_down_at_), spread(D));
   }
 
   void gather(int64_t begin, int64_t rows, T* x) const {
@@ -113,6 +122,7 @@ class Forward {
   Scratch row_weights_, out_;
   Layout layout_;
   size_t x_at_, first_at_, hidden_at_, second_at_, w_in_at_, w_down_at_;
+  char* once_ = nullptr;
 };
 
 std::tuple<at::Tensor, at::Tensor> experts_forward(
@@ -120,21 +130,25 @@ std::tuple<at::Tensor, at::Tensor> experts_forward(
     const std::optional<at::Tensor>& b_in, const std::optional<at::Tensor>& b_down,
     const std::optional<at::Tensor>& hidden_scale, const at::Tensor& token_ids, const at::Tensor& counts,
     const at::Tensor& slots, c10::string_view activation, bool weigh_input, bool keep) {
-  Inputs in{x, combine_weights, w_in, w_down, b_in, b_down, hidden_scale, token_ids, counts, slots, weigh_input};
+  return forward_of({x, combine_weights, w_in, w_down, b_in, b_down, hidden_scale, token_ids, counts, slots, weigh_input},
+                    activation, keep);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> forward_of(const Inputs& in, c10::string_view activation, bool keep) {
   at::Tensor y, pre;
   with_activation(activation, [&](auto act) {
     using Act = decltype(act);
     const Sizes s = check(in, Act::gated);
-    y = pooled_empty({s.T, s.D}, x.scalar_type());
-    pre = pooled_empty({keep ? token_ids.size(0) : 0, s.H}, x.scalar_type());
-    with_dtypes(x.scalar_type(), w_in.scalar_type(), [&]<class T, class W>() {
+    y = pooled_empty({s.T, s.D}, in.x.scalar_type());
+    pre = pooled_empty({keep ? in.token_ids.size(0) : 0, s.H}, in.x.scalar_type());
+    with_dtypes(in.x.scalar_type(), in.w_in.scalar_type(), [&]<class T, class W>() {
       Forward<T, W, Act>(in, s, keep, y, pre).run();
     });
   });
   return {y, pre};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gatewright, m) {
   m.def(

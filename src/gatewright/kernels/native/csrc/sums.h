@@ -9,10 +9,6 @@
 
 namespace gatewright {
 
-struct Gradients {
-  at::Tensor x, combine_weights, w_in, w_down, b_in, b_down;
-};
-
 // fp32 sums of one task, in the order w_in, w_down, b_in, b_down; null where there is none.
 using Sums = std::array<float*, 4>;
 
