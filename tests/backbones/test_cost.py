@@ -10,15 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gatewright.backbones import Decoder, count_cost
 from gatewright.errors import UserError
+from gatewright.kernels import native
 from gatewright.parts import MLP, MoELayer
 
 BATCH, LENGTH = 2, 16
 
 
 def counted(model: Decoder) -> int:
-    """FLOPs that torch counts in one pass; plain attention, since it cannot see into the fused one."""
+    """FLOPs that torch counts in one pass; plain attention, since it cannot see into a fused one."""
     plain = sdpa_kernel(SDPBackend.MATH)
-    with plain, FlopCounterMode(display=False) as counter, torch.no_grad():
+    with native.left_out(), plain, FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(0, model.vocab_size, (BATCH, LENGTH)))
     return counter.get_total_flops()
 

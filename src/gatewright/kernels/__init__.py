@@ -1,6 +1,7 @@
 """What computes: the definition of an expert layer (reference) and its fast forms, one meaning for all."""
 
 from gatewright.kernels.activations import ACTIVATIONS, activate, check_activation, is_gated
+from gatewright.kernels.attention import attend, choose_attention
 from gatewright.kernels.choose import (
     BACKENDS,
     choose_backend,
@@ -20,7 +21,9 @@ __all__ = [
     "FusedRoute",
     "TopK",
     "activate",
+    "attend",
     "check_activation",
+    "choose_attention",
     "choose_backend",
     "expert_mlp",
     "expert_mlp_sorted",

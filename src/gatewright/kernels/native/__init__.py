@@ -81,7 +81,8 @@ def _load() -> Status:
         return Status(False, str(failure))
     except OSError as error:  # built, but not for this process: another torch, a missing symbol
         return Status(False, f"the built library cannot be loaded: {error}")
-    from gatewright.kernels.native import attention, operators, plan, route  # what autograd and compilers need to know
+    # What autograd and compilers need to know.
+    from gatewright.kernels.native import attention, operators, plan, route
 
     for brought in (operators, route, plan, attention):
         brought.register()

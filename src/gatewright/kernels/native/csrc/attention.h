@@ -133,7 +133,13 @@ inline float dot(const A* a, const B* b, int64_t d) {
 // Rows begin .. begin + rows of a head, contiguous, with rows of 0 behind up to `padded`.
 template <class T>
 inline void copy_rows(Head<const T> from, int64_t begin, int64_t rows, int64_t padded, int64_t d, T* to) {
-  for (int64_t i = 0; i < rows; ++i) std::copy_n(from.row(begin + i), d, to + i * d);
+  constexpr int64_t step = 32 / sizeof(T);  // a call of memcpy for each short row would cost more than its copy
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = from.row(begin + i);
+    int64_t j = 0;
+    for (; j + step <= d; j += step) __builtin_memcpy(to + i * d + j, row + j, 32);
+    for (; j < d; ++j) to[i * d + j] = row[j];
+  }
   std::fill(to + rows * d, to + padded * d, T(0.0f));
 }
 

@@ -12,6 +12,37 @@ constexpr int64_t kSpan = 1024, kBlock = 64;
 // What one task finds for one query row: maximum, sum and weighted values, of its own keys.
 inline int64_t found_size(int64_t d) { return round_up(d, LANES) + LANES; }
 
+// out[n] = query . keys[at + n] for LANES keys; those behind `count` repeat the last.
+template <class K>
+vf dots(const float* query, Head<const K> keys, int64_t at, int64_t count, int64_t d) {
+  vf sums[LANES];
+  float rest[LANES] = {};
+  for (int64_t n = 0; n < LANES; ++n) {
+    const K* key = keys.row(at + std::min(n, count - 1));
+    vf sum{};
+    int64_t j = 0;
+    for (; j + LANES <= d; j += LANES) sum += load(query + j) * load_as(key + j);
+    for (; j < d; ++j) rest[n] = std::fma(query[j], widen(key[j]), rest[n]);
+    sums[n] = sum;
+  }
+  transpose(sums);
+  for (int step = LANES / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) sums[i] += sums[i + step];
+  return sums[0] + load(rest);
+}
+
+// own[j] += sum over n of by[n] * values[at + n][j], kVectors vectors of a row at a time in registers.
+template <int kVectors, class K>
+void add_rows(const float* by, Head<const K> values, int64_t at, int64_t count, int64_t j, float* own) {
+  vf sums[kVectors];
+  for (int i = 0; i < kVectors; ++i) sums[i] = load(own + j + i * LANES);
+  for (int64_t n = 0; n < count; ++n) {
+    const K* value = values.row(at + n) + j;
+    for (int i = 0; i < kVectors; ++i) sums[i] += load_as(value + i * LANES) * by[n];
+  }
+  for (int i = 0; i < kVectors; ++i) store(own + j + i * LANES, sums[i]);
+}
+
 // `rows` queries (heads of one group, then positions) against keys begin .. end; `found` [rows][found_size].
 template <class K>
 void span_of(const float* query, int64_t rows, Head<const K> keys, Head<const K> values, const AttentionSizes& s,
@@ -25,12 +56,12 @@ void span_of(const float* query, int64_t rows, Head<const K> keys, Head<const K>
   }
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
-    for (int64_t n = 0; n < count; ++n)
-      for (int64_t r = 0; r < rows; ++r) scores[r][n] = dot(query + r * d, keys.row(at + n), d) * by;
+    for (int64_t n = 0; n < count; n += LANES)
+      for (int64_t r = 0; r < rows; ++r) store(scores[r] + n, dots(query + r * d, keys, at + n, count - n, d) * by);
     for (int64_t r = 0; r < rows; ++r) {
       float *own = found + r * size, *top = own + d, *sum = own + d + 1;
-      const int64_t seen = std::clamp<int64_t>(s.past + r % s.S + 1 - at, 0, kBlock);
-      for (int64_t n = std::min(seen, count); n < kBlock; ++n) scores[r][n] = kNone;
+      const int64_t seen = std::clamp<int64_t>(s.past + r % s.S + 1 - at, 0, count);
+      for (int64_t n = seen; n < kBlock; ++n) scores[r][n] = kNone;
       if (seen == 0) continue;
       vf most = splat(*top);
       for (int64_t n = 0; n < kBlock; n += LANES) most = highest(load(scores[r] + n), most);
@@ -47,16 +78,11 @@ void span_of(const float* query, int64_t rows, Head<const K> keys, Head<const K>
       *sum = *sum * less + sum_of_lanes(total);
       *top = now;
       if (less != 1.0f) scaled_row(own, less, d, own);
-    }
-    for (int64_t n = 0; n < count; ++n) {
-      const K* value = values.row(at + n);
-      for (int64_t r = 0; r < rows; ++r) {
-        if (scores[r][n] == 0.0f) continue;
-        float* own = found + r * size;
-        int64_t j = 0;
-        for (; j + LANES <= d; j += LANES) store(own + j, load(own + j) + load_as(value + j) * scores[r][n]);
-        for (; j < d; ++j) own[j] = std::fma(widen(value[j]), scores[r][n], own[j]);
-      }
+      int64_t j = 0;
+      for (; j + 4 * LANES <= d; j += 4 * LANES) add_rows<4>(scores[r], values, at, seen, j, own);
+      for (; j + LANES <= d; j += LANES) add_rows<1>(scores[r], values, at, seen, j, own);
+      for (; j < d; ++j)
+        for (int64_t n = 0; n < seen; ++n) own[j] = std::fma(widen(values.row(at + n)[j]), scores[r][n], own[j]);
     }
   }
 }
