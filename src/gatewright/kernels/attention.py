@@ -15,7 +15,7 @@ from gatewright.errors import UserError, did_you_mean
 from gatewright.kernels.native import attention as native_attention
 
 SWITCH = "GATEWRIGHT_ATTENTION"
-# Keys below which plain matmuls beat torch's flash attention in bf16 on a CPU; beyond, and in fp32, they lose.
+# Keys below which plain matmuls beat torch's flash attention in bf16 on a CPU.
 _SHORT = 1024
 
 
@@ -38,8 +38,8 @@ def attend(
             f"attention of {q.shape[2]} positions behind {past} over {k.shape[2]} keys, {q.shape[1]} heads "
             f"over {k.shape[1]}; allowed: a key for each position, key heads that divide the heads"
         )
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (one.to(torch.get_autocast_dtype(q.device.type)) for one in (q, k, v))
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # as it would narrow torch's operators
+        q, k, v = (one.to(torch.get_autocast_dtype("cpu")) for one in (q, k, v))
     chosen, reason = choose_attention(q, k, form)
     if chosen == "native" and not native_attention.takes(q, k):
         raise UserError(f"attention form 'native' does not take these tensors: {reason}")

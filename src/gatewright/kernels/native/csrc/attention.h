@@ -1,6 +1,7 @@
 // What the passes of causal attention share: strided heads, powers of 2 in vectors, copies of rows into the caches.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -40,6 +41,7 @@ inline at::Tensor with_rows(const at::Tensor& x) { return x.dim() && x.stride(-1
 
 // Fresh [B, heads, S, d] that lies as [B, S, heads, d]: what joins the heads again needs no copy.
 inline at::Tensor empty_heads(int64_t B, int64_t heads, int64_t S, int64_t d, at::ScalarType kind) {
+  at::AutoDispatchBelowADInplaceOrView unseen;  // a result of ours, no view that autograd should follow
   return pooled_empty({B, S, heads, d}, kind).transpose(1, 2);
 }
 
