@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from gatewright.backbones.norm import RMSNorm
 from gatewright.errors import UserError, did_you_mean
-from gatewright.kernels import linears
+from gatewright.kernels import attend, linears, native
+from gatewright.kernels.native import attention as native_attention
 
 QK_NORMS = ("none", "head", "width")
 
@@ -28,6 +28,8 @@ class RotaryPositions(nn.Module):
         if head_dim < 2 or not theta > 0:
             raise UserError(f"head_dim {head_dim}, rope_theta {theta}; allowed: 2 or more, and above 0")
         self.head_dim, self.theta = head_dim, theta
+        # Not buffers: they are no state, follow no module to another device, and stand in no checkpoint.
+        self._known: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def angles(
         self, start: int, length: int, device: torch.device
@@ -42,6 +44,24 @@ class RotaryPositions(nn.Module):
         angle = torch.outer(position, frequency).repeat(1, 2)
         return angle.cos(), angle.sin()
 
+    def tables(
+        self, start: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "S head_dim"], Float[Tensor, "S head_dim"]]:
+        """Return `angles` in `dtype`; computed once for each device and dtype, and again for longer texts."""
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            cos, sin = self.angles(start, length, device)
+            return cos.to(dtype), sin.to(dtype)
+        end, key = start + length, (device, dtype)
+        if key not in self._known or self._known[key][0].shape[0] < end:
+            # Tensors made in inference mode could not enter a later training step.
+            with torch.inference_mode(False):
+                cos, sin = (one.to(dtype) for one in self.angles(0, 1 << (end - 1).bit_length(), device))
+            if type(cos) is not Tensor:  # a tracer's, which must not outlive it
+                return cos[start:end], sin[start:end]
+            self._known[key] = cos, sin
+        cos, sin = self._known[key]
+        return cos[start:end], sin[start:end]
+
 
 def rotate(
     x: Float[Tensor, "B H S head_dim"], cos: Float[Tensor, "S head_dim"], sin: Float[Tensor, "S head_dim"]
@@ -50,6 +70,18 @@ def rotate(
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
+
+
+def rotate_pair(
+    q: Float[Tensor, "B H S head_dim"],
+    k: Float[Tensor, "B Hkv S head_dim"],
+    cos: Float[Tensor, "S head_dim"],
+    sin: Float[Tensor, "S head_dim"],
+) -> tuple[Float[Tensor, "B H S head_dim"], Float[Tensor, "B Hkv S head_dim"]]:
+    """Return q and k as `rotate` turns them; natively in one pass, whose products bf16 does not round."""
+    if native.runs_for(q, k, cos):
+        return native_attention.rotate_pair(q, k, cos, sin)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 class LayerCache:
@@ -139,19 +171,14 @@ class Attention(nn.Module):
         """Return attention over x and, with a cache, over everything before it; the cache is extended."""
         normed = self.qk_norm != "none"
         queries, keys, values = linears(x, [self.query.weight, self.key.weight, self.value.weight])
-        q = rotate(self._heads(queries, self.num_heads, self.query_norm if normed else None), cos, sin)
-        k = rotate(self._heads(keys, self.num_kv_heads, self.key_norm if normed else None), cos, sin)
+        q = self._heads(queries, self.num_heads, self.query_norm if normed else None)
+        k = self._heads(keys, self.num_kv_heads, self.key_norm if normed else None)
         v = self._heads(values, self.num_kv_heads, None)
-        mask = None
+        q, k = rotate_pair(q, k, cos, sin)
+        past = 0
         if cache is not None:
             past = cache.length
             k, v = cache.append(k, v)
-            k, v = k.to(q.dtype), v.to(q.dtype)
-            if past and q.shape[2] > 1:
-                rows = torch.arange(past, past + q.shape[2], device=x.device).unsqueeze(-1)
-                mask = torch.arange(k.shape[2], device=x.device) <= rows
-        causal = mask is None and q.shape[2] == k.shape[2]
-        grouped = self.num_heads != self.num_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        y = attend(q, k, v, past)
         (out,) = linears(y.transpose(1, 2).flatten(-2), [self.output.weight])
         return out

@@ -165,9 +165,8 @@ class Decoder(nn.Module):
                 f"{self.context}; "
                 "shorten the text or build the model with a longer context"
             )
-        cos, sin = self.rotary.angles(start, length, tokens.device)
         x = self.embedding(tokens)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        cos, sin = self.rotary.tables(start, length, tokens.device, x.dtype)
         stats = Stats()
         for i, block in enumerate(self.layers):
             own_key = None if key is None else fold(key, i)

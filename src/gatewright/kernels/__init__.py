@@ -1,6 +1,7 @@
 """What computes: the definition of an expert layer (reference) and its fast forms, one meaning for all."""
 
 from gatewright.kernels.activations import ACTIVATIONS, activate, check_activation, is_gated
+from gatewright.kernels.attention import attend, choose_attention
 from gatewright.kernels.choose import (
     BACKENDS,
     choose_backend,
@@ -25,7 +26,9 @@ __all__ = [
     "TopK",
     "activate",
     "add_norm",
+    "attend",
     "check_activation",
+    "choose_attention",
     "choose_backend",
     "cross_entropy",
     "dense_mlp",

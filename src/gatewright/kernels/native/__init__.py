@@ -81,13 +81,9 @@ def _load() -> Status:
         return Status(False, str(failure))
     except OSError as error:  # built, but not for this process: another torch, a missing symbol
         return Status(False, f"the built library cannot be loaded: {error}")
-    from gatewright.kernels.native import (  # what autograd and compilers need to know
-        operators,
-        plan,
-        route,
-        step,
-    )
+    # What autograd and compilers need to know.
+    from gatewright.kernels.native import attention, operators, plan, route, step
 
-    for brought in (operators, route, plan, step):
+    for brought in (operators, route, plan, step, attention):
         brought.register()
     return Status(True, f"matmuls: {torch.ops.gatewright.engine('')}")
