@@ -15,12 +15,13 @@ from gatewright.data import Corpus, open_corpus
 from gatewright.errors import RunFailure, UserError
 from gatewright.inspection import write_report
 from gatewright.training.checkpoint import clear_leftovers, newest_checkpoint, save_checkpoint, write_atomic
+from gatewright.training.checks import check_settings
 from gatewright.training.interrupt import stop_on_signals
 from gatewright.training.result import data_record, side_record
 from gatewright.training.run import LoopSettings, TrainRun
 from gatewright.training.runlog import Progress, RunLog, load_line
 from gatewright.training.settings_file import check_same_settings, write_settings
-from gatewright.training.trainer import Trainer, check_settings
+from gatewright.training.trainer import Trainer
 from gatewright.training.workplace import command_line, environment, now, own_folder
 
 
