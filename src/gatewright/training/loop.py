@@ -22,6 +22,7 @@ from gatewright.training.run import LoopSettings, TrainRun
 from gatewright.training.runlog import Progress, RunLog, load_line
 from gatewright.training.settings_file import check_same_settings, write_settings
 from gatewright.training.trainer import Trainer
+from gatewright.training.workload import workload_lines
 from gatewright.training.workplace import command_line, environment, now, own_folder
 
 
@@ -105,9 +106,11 @@ def train(run: TrainRun) -> TrainResult:
 
 
 def resume_or_begin(trainer: Trainer, out: Path, progress: Progress) -> None:
-    """Restore the newest whole checkpoint of `out` if the run resumes and has one; else write its
-    run.toml.
+    """Say how the work is spread; restore the newest whole checkpoint of `out` if the run resumes and has
+    one; else write its run.toml.
     """
+    for line in workload_lines(trainer.name, trainer.tokens_per_expert):
+        progress.say(line)
     settings = out / "run.toml"
     clear_leftovers(out)
     clear_leftovers(out / "checkpoints")

@@ -28,6 +28,7 @@ from gatewright.training.precision import autocast, set_router_dtype
 from gatewright.training.run import TrainRun
 from gatewright.training.schedule import rate_factor
 from gatewright.training.state import first_nonfinite, saved_buffers, update_rules
+from gatewright.training.workload import tokens_per_expert
 
 
 class Trainer:
@@ -53,6 +54,7 @@ class Trainer:
         rows = self.micro_size * run.accumulation
         self.stream = corpus.stream(rows, self.context, seed=run.data_seed, fraction=run.data_fraction)
         self.step_tokens = rows * self.context
+        self.tokens_per_expert = tokens_per_expert(self.model, self.step_tokens)
         self.total_steps = max(1, round(run.tokens / self.step_tokens))
         self.step, self.seconds = 0, 0.0
         self.history = History()
