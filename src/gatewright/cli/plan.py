@@ -22,6 +22,8 @@ class PlanSettings:
     """memory of one device in GB (1e9 bytes); none shows a few common sizes"""
     optimizer: str = "adamw"
     """whose state training has to hold"""
+    recompute: str = "none"
+    """none, or blocks: the activations inside them are computed again instead of kept"""
 
 
 def main(argv: list[str]) -> int:

@@ -95,6 +95,8 @@ void update(const Place& at, const Rates& r, int64_t begin, int64_t end) {
   const Rates rates = r;  // a copy, which no store through the pointers can change
   const float rest1 = 1.0f - rates.beta1, rest2 = 1.0f - rates.beta2;
   const float size = at.corrected.size, root = at.corrected.root;
+  // Said twice: among so many pointers the compiler gives up on finding out that none is another.
+#pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
     const float g = gradient[i] * rates.scale;
     const float m = between(first[i], g, rest1);
