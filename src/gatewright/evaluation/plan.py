@@ -87,7 +87,7 @@ def plan(
     Args: `name` is a published size ("mixtral-8x7b"), a paper id (its small default), or a run's folder or
     run.toml; or give `settings` (a paper's Settings), or `paper` alone. `dtype` (fp32, bf16, int8, int4) is
     the weights'; activations and cache share it where it is fp32 or bf16, else they take bf16. `context` is
-    the settings' own by default, `device_memory_gb` a few common sizes; `recompute` is a run's (none, blocks).
+    the settings' own by default, `device_memory_gb` a few common sizes; `recompute` is none or blocks.
     Raises: UserError for an unknown name, dtype or optimizer, and for numbers below 1.
     """
     check_choice("dtype", dtype, tuple(BYTES_PER_WEIGHT))
@@ -246,17 +246,13 @@ def _lines(p: Plan) -> list[str]:
     ]
     if p.training_gb is not None:
         t = p.training_gb
-        other = (
-            ("activations", "if kept")
-            if p.recompute == "blocks"
-            else ("activations_recomputed", "if recomputed")
-        )
-        counted = t["activations_recomputed" if p.recompute == "blocks" else "activations"]
+        parts = [("activations", "if kept"), ("activations_recomputed", "if recomputed")]
+        (counted, _), (other, how) = parts if p.recompute == "none" else reversed(parts)
         head += [
             f"  training     {_gb(t['total'])}: weights {_gb(t['weights'])}, "
             f"gradients {_gb(t['gradients'])}, "
-            f"{p.optimizer} {_gb(t['optimizer'])}, activations {_gb(counted)} "
-            f"({_gb(t[other[0]])} {other[1]})",
+            f"{p.optimizer} {_gb(t['optimizer'])}, activations {_gb(t[counted])} "
+            f"({_gb(t[other])} {how})",
         ]
     for device in p.devices:
         training = "" if device["training"] is None else f" · training {device['training']}"
