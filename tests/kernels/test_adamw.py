@@ -154,6 +154,15 @@ def test_resting_experts_keep_weights_and_moments_and_all_else_moves(dtype: torc
     assert [float(one) for one in lists.steps] == [3.0, 3.0]
 
 
+def test_an_expert_whose_last_number_alone_is_not_zero_moves():
+    lists = lists_of(((2, 4),), slices=2)
+    before = lists.weights[0].clone()
+    gradient = torch.zeros(2, 4)
+    gradient[1, 3] = 1e-30
+    adamw_step(lists, [gradient], RATES)
+    assert (lists.weights[0] != before).any(dim=1).tolist() == [False, True]
+
+
 def test_what_the_native_pass_does_not_take_is_computed_all_the_same():
     wide = lists_of(dtype=torch.float64)
     mine = steps(lists_of(dtype=torch.float64))
