@@ -100,9 +100,7 @@ def plan(
         model = get_paper(paper_id).build(chosen)
     cost = count_cost(model, length)
     total, each = cost.total_parameters, BYTES_PER_WEIGHT[dtype]
-    trained = None
-    if dtype in TRAINED_DTYPES:
-        trained = training_memory(model, dtype, length, batch, optimizer)
+    trained = training_memory(model, dtype, length, batch, optimizer) if dtype in TRAINED_DTYPES else None
     cache = kv_cache_bytes_per_token(model, max(each, 2.0)) * length * batch
     inference = each * total + cache
     attention = cost.flops["attention_projections"] + cost.flops["attention_scores"]
