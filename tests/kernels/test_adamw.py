@@ -107,6 +107,9 @@ def test_the_norm_is_that_of_fp64():
     gradients = [torch.randn(n) * 10.0**e for n, e in ((1, 2), (100_003, -1), (0, 0), (17, 3))]
     true = torch.cat(gradients).double().norm()
     assert float(gradient_norm(gradients)) == float(true.float())
+    # In fp32, 1e8 + 1 is 1e8: each of the small ones would be lost.
+    uneven = torch.cat([torch.full((64,), 1e4), torch.ones(16_000)])
+    assert float(gradient_norm([uneven])) == float(uneven.double().norm().float())
     gradients[1][70_000] = torch.inf
     assert float(gradient_norm(gradients)) == torch.inf
     gradients[1][5] = torch.nan
