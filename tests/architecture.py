@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": LOW,
     "inspection": LOW | {"evaluation"},
     "training": LOW | {"evaluation", "inspection", "parallel"},
-    "measuring": LOW | {"inspection", "training", "conversion", "experiments"},
+    "measuring": LOW | {"inspection", "evaluation", "training", "conversion", "experiments"},
     "generation": LOW | {"evaluation", "training"},
     "experiments": LOW | {"evaluation", "inspection", "training", "parallel", "conversion", "generation"},
     "doctor": LOW,

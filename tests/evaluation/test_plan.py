@@ -159,6 +159,19 @@ def test_recomputing_keeps_one_block_and_the_inputs():
     assert deep["activations"] > 5 * deep["activations_recomputed"]
 
 
+def test_a_plan_with_recomputed_blocks_totals_what_they_keep():
+    kept, again = plan("olmoe-1b-7b", batch=64), plan("olmoe-1b-7b", batch=64, recompute="blocks")
+    assert kept.training_gb is not None
+    assert again.training_gb is not None
+    saved = kept.training_gb["activations"] - kept.training_gb["activations_recomputed"]
+    assert kept.training_gb["total"] - again.training_gb["total"] == pytest.approx(saved)
+    assert again.devices[0]["training"] < kept.devices[0]["training"]  # type: ignore[operator]
+    assert "if recomputed" in kept.to_text()
+    assert "if kept" in again.to_text()
+    with pytest.raises(UserError, match=r"recompute 'all' is unknown; allowed: none, blocks"):
+        plan("mixtral", recompute="all")
+
+
 def test_names_and_settings_lead_to_the_same_plan():
     from_id = plan("olmoe")
     from_settings = plan(settings=get_paper("olmoe").Settings())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gatewright.training import TrainRun
-from gatewright.training.optimizer import AveragedWeights, build_adamw, clip_gradients
+from gatewright.training.optimizer import AveragedWeights, build_adamw
 from tests.training.runs import fixed_trainer
 
 
@@ -70,22 +70,6 @@ def test_evaluations_take_the_average_until_the_end_and_then_the_live_weights():
     average.swap()
     trainer.average = None
     assert trainer.evaluate().bits_per_byte == averaged
-
-
-def gradients(*values: float) -> list[nn.Parameter]:
-    parameters = [nn.Parameter(torch.zeros(1)) for _ in values]
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.grad = torch.tensor([value])
-    return [*parameters, nn.Parameter(torch.zeros(3))]
-
-
-@pytest.mark.parametrize(("largest", "clipped"), [(1.0, (0.6, 0.8)), (10.0, (3.0, 4.0)), (0.0, (3.0, 4.0))])
-def test_clipping_scales_to_the_largest_norm(largest: float, clipped: tuple[float, ...]):
-    # 3, 4: norm 5. A parameter without gradient is left alone.
-    parameters = gradients(3.0, 4.0)
-    assert clip_gradients(parameters, largest).item() == 5.0
-    assert [p.grad.item() for p in parameters[:2] if p.grad is not None] == pytest.approx(clipped, rel=1e-5)
-    assert parameters[2].grad is None
 
 
 def test_adamw_takes_the_run_s_numbers_and_decays_every_parameter():

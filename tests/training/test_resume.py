@@ -116,6 +116,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_golden(
 
 # What may differ between a run and its continuation; every number depends on all other settings.
 FREE = {"resume": True, "threads": 1, "out": "elsewhere", "checkpoint_every": 3, "keep_checkpoints": 9}
+FREE |= {"recompute": "blocks"}
 
 
 def test_every_setting_but_the_free_ones_is_held(data: list[str], tmp_path: Path):
@@ -126,7 +127,7 @@ def test_every_setting_but_the_free_ones_is_held(data: list[str], tmp_path: Path
     other = {"schedule": "cosine", "precision": "bf16", "router_dtype": "bf16", "on_nonfinite": "skip"}
     other |= {"paper": "olmoe", "tokenizer": "bpe:300", "data": ("/elsewhere",), "moe_layers": "last:1"}
     other |= {"tie_embeddings": True, "ema": 0.5, "beta1": 0.8, "beta2": 0.9, "decay_share": 0.3}
-    other |= {"data_fraction": 0.5, "final_rate": 0.5, "balance_scope": "sequence"}
+    other |= {"data_fraction": 0.5, "final_rate": 0.5, "balance_scope": "sequence", "idle_experts": "skip"}
     held = 0
     for name, value in settings_tables(run, run.model)["run"].items():
         if name in {*FREE, "device"}:
@@ -143,6 +144,17 @@ def test_every_setting_but_the_free_ones_is_held(data: list[str], tmp_path: Path
     assert held > 35
     with pytest.raises(UserError, match=r"^minutes is None but the run in .* was begun with 5.0"):
         check_same_settings(path, dataclasses.replace(run, minutes=None), run.model)
+
+
+def test_a_file_from_before_a_setting_stands_for_its_default(data: list[str], tmp_path: Path):
+    run = tiny_run(data, tmp_path)
+    path = tmp_path / "run.toml"
+    write_settings(path, run, run.model)
+    kept = [line for line in path.read_text().splitlines() if not line.startswith("idle_experts")]
+    path.write_text("\n".join(kept))
+    check_same_settings(path, run, run.model)
+    with pytest.raises(UserError, match=r"^idle_experts is skip but .* begun with adamw"):
+        check_same_settings(path, dataclasses.replace(run, idle_experts="skip"), run.model)
 
 
 def test_the_log_keeps_no_line_twice_and_loses_none(data: list[str], tmp_path: Path, server: Server):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
 from gatewright.backbones.norm import RMSNorm
@@ -74,8 +75,11 @@ class Decoder(nn.Module):
 
     Args: `feed_forwards` holds one module per layer, a MoELayer or a plain [..., D] -> [..., D] module: the
     pattern of dense and sparse layers is this list. `context` is the longest text it is trained on; positions
-    beyond it are refused.
+    beyond it are refused. With `recompute` set, the backward pass computes each block again from its input
+    instead of keeping what is inside it; numbers are the same.
     """
+
+    recompute: bool = False
 
     def __init__(
         self,
@@ -171,7 +175,11 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.layers):
             own_key = None if key is None else fold(key, i)
             own_cache = None if cache is None else cache.layers[i]
-            x, own = block(x, cos, sin, own_cache, capture, own_key, tokens)
+            given = (x, cos, sin, own_cache, capture, own_key, tokens)
+            if self.recompute and cache is None and torch.is_grad_enabled():
+                x, own = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x, own = block(*given)
             stats = stats | own.under(f"layers.{i}")
         (logits,) = linears(self.norm(x), [self.head.weight])
         return DecoderOutput(logits, stats)

@@ -22,6 +22,8 @@ class PlanSettings:
     """memory of one device in GB (1e9 bytes); none shows a few common sizes"""
     optimizer: str = "adamw"
     """whose state training has to hold"""
+    recompute: str = "none"
+    """none, or blocks: the activations inside them are computed again instead of kept"""
 
 
 def main(argv: list[str]) -> int:
@@ -45,15 +47,12 @@ def work(argv: list[str], common: Common) -> Outcome:
     elif name in wired_papers():
         base = [get_paper(name).Settings()]
     # The context is planned for, not built in: the plan says where it exceeds the model's own.
-    doors: Any = {
-        "words": "NAME",
-        "hidden": ["Settings.context"],
-        "toml": common.from_,
-        "intro": f"NAME: {names}.",
-    }
+    hidden = ["Settings.context"]
+    doors: Any = {"words": "NAME", "hidden": hidden, "toml": common.from_, "intro": f"NAME: {names}."}
     asked, *model = settings_from(rest, PlanSettings, *base, prog="gatewright plan", **doors)
-    options = {key: value for key, value in vars(asked).items() if key != "device_memory"}
+    options = dict(vars(asked))
+    options["device_memory_gb"] = options.pop("device_memory")
     if model != base:
         name, options["settings"] = f"{name}, changed", model[0]
-    found = plan(name, device_memory_gb=asked.device_memory, **options)
+    found = plan(name, **options)
     return Outcome(found.to_dict(), found.to_text())

@@ -51,7 +51,12 @@ class TrainingMemory:
     @property
     def total(self) -> float:
         """Sum with all activations kept."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.total_of(recompute=False)
+
+    def total_of(self, recompute: bool) -> float:
+        """Return the sum, with activations kept or recomputed."""
+        activations = self.recomputed if recompute else self.activations
+        return self.weights + self.gradients + self.optimizer + activations
 
 
 def training_memory(model: Decoder, dtype: str, context: int, batch: int, optimizer: str) -> TrainingMemory:

@@ -16,6 +16,7 @@ from gatewright.evaluation.memory import (
     BYTES_PER_WEIGHT,
     OPTIMIZERS,
     TRAINED_DTYPES,
+    TrainingMemory,
     check_choice,
     kv_cache_bytes_per_token,
     training_memory,
@@ -39,6 +40,8 @@ class Plan:
     context: int
     batch: int
     optimizer: str
+    recompute: str
+    """blocks: the total counts what is kept where activations inside blocks are computed again"""
     total_parameters: int
     active_parameters: int
     forward_flops_per_token: float
@@ -77,17 +80,19 @@ def plan(
     batch: int = 1,
     device_memory_gb: float | None = None,
     optimizer: str = "adamw",
+    recompute: str = "none",
 ) -> Plan:
     """Return the Plan of a model, built on the meta device.
 
     Args: `name` is a published size ("mixtral-8x7b"), a paper id (its small default), or a run's folder or
     run.toml; or give `settings` (a paper's Settings), or `paper` alone. `dtype` (fp32, bf16, int8, int4) is
     the weights'; activations and cache share it where it is fp32 or bf16, else they take bf16. `context` is
-    the settings' own by default, `device_memory_gb` a few common sizes.
+    the settings' own by default, `device_memory_gb` a few common sizes; `recompute` is none or blocks.
     Raises: UserError for an unknown name, dtype or optimizer, and for numbers below 1.
     """
     check_choice("dtype", dtype, tuple(BYTES_PER_WEIGHT))
     check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
+    again = check_choice("recompute", recompute, ("none", "blocks")) == "blocks"
     title, paper_id, chosen = _resolve(name, settings, paper)
     length = chosen.context if context is None else context
     _check_numbers(length, batch, device_memory_gb)
@@ -95,9 +100,7 @@ def plan(
         model = get_paper(paper_id).build(chosen)
     cost = count_cost(model, length)
     total, each = cost.total_parameters, BYTES_PER_WEIGHT[dtype]
-    trained = None
-    if dtype in TRAINED_DTYPES:
-        trained = training_memory(model, dtype, length, batch, optimizer)
+    trained = training_memory(model, dtype, length, batch, optimizer) if dtype in TRAINED_DTYPES else None
     cache = kv_cache_bytes_per_token(model, max(each, 2.0)) * length * batch
     inference = each * total + cache
     attention = cost.flops["attention_projections"] + cost.flops["attention_scores"]
@@ -110,6 +113,7 @@ def plan(
         context=length,
         batch=batch,
         optimizer=optimizer,
+        recompute=recompute,
         total_parameters=total,
         active_parameters=cost.active_parameters,
         forward_flops_per_token=cost.forward_flops_per_token,
@@ -119,9 +123,9 @@ def plan(
         weights_gb={kind: size * total / GB for kind, size in BYTES_PER_WEIGHT.items()},
         kv_cache_gb=cache / GB,
         inference_gb=inference / GB,
-        training_gb=None if trained is None else _in_gb(trained),
+        training_gb=None if trained is None else _in_gb(trained, again),
         devices=tuple(
-            _devices(size, inference, None if trained is None else trained.total) for size in sizes
+            _devices(size, inference, None if trained is None else trained.total_of(again)) for size in sizes
         ),
         notes=_notes(dtype, length, chosen.context),
     )
@@ -135,10 +139,10 @@ def _check_numbers(context: int, batch: int, device_memory_gb: float | None) -> 
         raise UserError(f"device_memory_gb {device_memory_gb}; allowed: above 0; give one device's memory")
 
 
-def _in_gb(trained: Any) -> dict[str, float]:
+def _in_gb(trained: TrainingMemory, recompute: bool) -> dict[str, float]:
     own = dataclasses.asdict(trained)
     own["activations_recomputed"] = own.pop("recomputed")
-    return {key: value / GB for key, value in (*own.items(), ("total", trained.total))}
+    return {key: value / GB for key, value in (*own.items(), ("total", trained.total_of(recompute)))}
 
 
 def _devices(size_gb: float, inference: float, training: float | None) -> dict[str, float | int | None]:
@@ -240,11 +244,13 @@ def _lines(p: Plan) -> list[str]:
     ]
     if p.training_gb is not None:
         t = p.training_gb
+        parts = [("activations", "if kept"), ("activations_recomputed", "if recomputed")]
+        (counted, _), (other, how) = parts if p.recompute == "none" else reversed(parts)
         head += [
             f"  training     {_gb(t['total'])}: weights {_gb(t['weights'])}, "
             f"gradients {_gb(t['gradients'])}, "
-            f"{p.optimizer} {_gb(t['optimizer'])}, activations {_gb(t['activations'])} "
-            f"({_gb(t['activations_recomputed'])} if recomputed)",
+            f"{p.optimizer} {_gb(t['optimizer'])}, activations {_gb(t[counted])} "
+            f"({_gb(t[other])} {how})",
         ]
     for device in p.devices:
         training = "" if device["training"] is None else f" · training {device['training']}"

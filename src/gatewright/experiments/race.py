@@ -15,12 +15,13 @@ from gatewright.experiments.compare import compare_sides, scaling_curve, small_d
 from gatewright.experiments.race_run import RaceRun, Side, race_sides
 from gatewright.inspection import write_report
 from gatewright.training.checkpoint import clear_leftovers, save_checkpoint
+from gatewright.training.checks import check_settings, check_text
 from gatewright.training.interrupt import StopRequest, stop_on_signals
 from gatewright.training.loop import evaluation_is_due, prepare, refuse_used, resume_or_begin, write_result
 from gatewright.training.result import data_record, side_record
 from gatewright.training.runlog import Progress, RunLog
 from gatewright.training.settings_file import check_same_settings, write_settings
-from gatewright.training.trainer import Trainer, check_settings, check_text
+from gatewright.training.trainer import Trainer
 from gatewright.training.workplace import command_line, environment, now, own_folder
 
 

@@ -6,6 +6,7 @@ from .result import BenchResult
 from .routers import RoutersRun, bench_routers
 from .run import BenchRun
 from .step import StepRun, bench_step
+from .step_memory import StepMemory, step_memory
 
 __all__ = [
     "GRID",
@@ -14,8 +15,10 @@ __all__ = [
     "BenchRun",
     "RoutersRun",
     "Shape",
+    "StepMemory",
     "StepRun",
     "bench_layer",
     "bench_routers",
     "bench_step",
+    "step_memory",
 ]

@@ -66,15 +66,26 @@ def growth(turn: Turn, calls: int) -> list[int]:
     """Return the bytes that this process comes to hold during each call, at its peak, beyond those before."""
     grown = []
     for _ in range(calls):
-        gc.collect()
-        _RESET.write_text("5")
-        before = _kilobytes("VmRSS")
+        before = resident_bytes(reset=True)
         turn.call()
-        grown.append(1024 * max(_kilobytes("VmHWM") - before, 0))
+        grown.append(max(peak_bytes() - before, 0))
         turn.clear()
     return grown
 
 
-def _kilobytes(field: str) -> int:
+def resident_bytes(reset: bool = False) -> int:
+    """Return the bytes that this process holds; with `reset` its peak is counted from here on."""
+    if reset:
+        gc.collect()
+        _RESET.write_text("5")
+    return _bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Return the most bytes that this process has held since its peak was set back."""
+    return _bytes("VmHWM")
+
+
+def _bytes(field: str) -> int:
     found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    return int(found[1]) if found else 0
+    return 1024 * int(found[1]) if found else 0

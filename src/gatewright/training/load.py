@@ -14,11 +14,11 @@ from gatewright.data import Tokenizer, load_tokenizer
 from gatewright.errors import UserError
 from gatewright.papers.registry import get_paper
 from gatewright.training.checkpoint import newest_checkpoint
+from gatewright.training.checks import resolve_device
 from gatewright.training.precision import set_router_dtype
 from gatewright.training.run import TrainRun
 from gatewright.training.settings_file import read_settings
 from gatewright.training.state import saved_buffers
-from gatewright.training.trainer import resolve_device
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ from gatewright.data import Corpus, open_corpus
 from gatewright.errors import RunFailure, UserError
 from gatewright.inspection import write_report
 from gatewright.training.checkpoint import clear_leftovers, newest_checkpoint, save_checkpoint, write_atomic
+from gatewright.training.checks import check_settings
 from gatewright.training.interrupt import stop_on_signals
 from gatewright.training.result import data_record, side_record
 from gatewright.training.run import LoopSettings, TrainRun
 from gatewright.training.runlog import Progress, RunLog, load_line
 from gatewright.training.settings_file import check_same_settings, write_settings
-from gatewright.training.trainer import Trainer, check_settings
+from gatewright.training.trainer import Trainer
+from gatewright.training.workload import workload_lines
 from gatewright.training.workplace import command_line, environment, now, own_folder
 
 
@@ -104,9 +106,11 @@ def train(run: TrainRun) -> TrainResult:
 
 
 def resume_or_begin(trainer: Trainer, out: Path, progress: Progress) -> None:
-    """Restore the newest whole checkpoint of `out` if the run resumes and has one; else write its
-    run.toml.
+    """Say how the work is spread; restore the newest whole checkpoint of `out` if the run resumes and has
+    one; else write its run.toml.
     """
+    for line in workload_lines(trainer.name, trainer.tokens_per_expert):
+        progress.say(line)
     settings = out / "run.toml"
     clear_leftovers(out)
     clear_leftovers(out / "checkpoints")

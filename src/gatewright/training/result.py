@@ -45,6 +45,7 @@ def side_record(trainer: Trainer, kind: str, label: str) -> dict[str, Any]:
         "flops_by_part": cost.flops,
         "learning_rate": trainer.run.learning_rate,
         "token_budget": trainer.run.tokens,
+        "tokens_per_expert": trainer.tokens_per_expert,
         "steps": trainer.step,
         "train_seconds": trainer.seconds,
         "tokens_per_second": trainer.tokens / seconds,

@@ -11,6 +11,10 @@ from gatewright.training.schedule import SCHEDULES
 
 Precision = Literal["fp32", "bf16"]
 BalanceScope = Literal["micro_batch", "sequence", "global_batch"]
+IdleExperts = Literal["adamw", "skip"]
+Recompute = Literal["none", "blocks"]
+
+_WORDS = {"balance_scope": BalanceScope, "idle_experts": IdleExperts, "recompute": Recompute}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class LoopSettings:
     """AdamW's decay of the second moment"""
     adam_eps: float = 1e-8
     """AdamW's epsilon"""
+    idle_experts: IdleExperts = "adamw"
+    """experts that no token chose in a step: adamw (moments decay and weights move by them, as AdamW has it),
+    or skip (weights and moments stay)
+    """
     clip: float = 1.0
     """largest norm of the gradient; 0 is no clipping"""
     ema: float = 0.99
@@ -55,6 +63,10 @@ class LoopSettings:
     """fp32, or bf16 for all matmuls but the routers' (weights and optimizer stay fp32)"""
     router_dtype: Precision = "fp32"
     """what the routers compute in"""
+    recompute: Recompute = "none"
+    """activations that the backward pass computes again instead of keeping: none, or those inside blocks
+    (the same numbers in less memory, for one more forward pass per step)
+    """
     balance_scope: BalanceScope = "micro_batch"
     """over what the balance loss asks for evenness: sequence, micro_batch, or global_batch (all micro-batches
     of a step, by a running count)
@@ -82,12 +94,11 @@ class LoopSettings:
         if self.schedule not in SCHEDULES:
             near = did_you_mean(self.schedule, SCHEDULES)
             raise UserError(f"schedule {self.schedule!r} is unknown{near}; allowed: {', '.join(SCHEDULES)}")
-        scopes = get_args(BalanceScope)
-        if self.balance_scope not in scopes:
-            near = did_you_mean(self.balance_scope, scopes)
-            raise UserError(
-                f"balance_scope {self.balance_scope!r} is unknown{near}; allowed: {', '.join(scopes)}"
-            )
+        for name, words in _WORDS.items():
+            given, allowed = getattr(self, name), get_args(words)
+            if given not in allowed:
+                near = did_you_mean(given, allowed)
+                raise UserError(f"{name} {given!r} is unknown{near}; allowed: {', '.join(allowed)}")
         require_finite(self)
         _require_at_least(self, 1, "batch_tokens", "accumulation", "evaluations", "eval_bytes")
         _require_at_least(self, 1, "checkpoint_every", "keep_checkpoints", "log_every")

@@ -14,7 +14,7 @@ from gatewright.errors import UserError
 from gatewright.training.checkpoint import write_atomic
 
 # What may change between a run and its continuation: nothing that a number depends on.
-_FREE = {"resume", "threads", "out", "checkpoint_every", "keep_checkpoints", "device"}
+_FREE = {"resume", "threads", "out", "checkpoint_every", "keep_checkpoints", "device", "recompute"}
 
 
 def _literal(value: Any) -> str:
@@ -52,12 +52,24 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is no TOML: {error}") from None
 
 
+def _defaults(settings: Any) -> dict[str, Any]:
+    """Return the defaults that a file would hold, as it would hold them."""
+    own = {f.name: f.default for f in dataclasses.fields(settings) if f.name != "model"}
+    held = {k: v for k, v in own.items() if v is not None and v is not dataclasses.MISSING}
+    plain: dict[str, Any] = json.loads(json.dumps(held))
+    return plain
+
+
 def check_same_settings(path: Path, run: Any, model: Any) -> None:
-    """Raise UserError naming the first setting in which a resumed run differs from the one that is there."""
+    """Raise UserError naming the first setting in which a resumed run differs from the one that is there.
+
+    A setting that the file lacks had its default: the file may be older than the setting.
+    """
     before = read_settings(path)
     now = json.loads(json.dumps(settings_tables(run, model)))
+    defaults = {"run": _defaults(run), "model": _defaults(model)}
     for name, table in now.items():
-        old = before.get(name, {})
+        old = defaults[name] | before.get(name, {})
         for key in sorted(set(table) | set(old)):
             if name == "run" and key in _FREE:
                 continue

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatewright.backbones import Cost, Decoder, count_cost, on_no_memory
+from gatewright.backbones import Cost, Decoder, count_cost
 from gatewright.data import Corpus
 from gatewright.errors import Diverged, UserError
 from gatewright.evaluation import Bits, bits_per_byte, take_bytes
@@ -21,12 +21,14 @@ from gatewright.parts import Stats
 from gatewright.parts.draws import fold
 from gatewright.parts.running import RunningCounts
 from gatewright.training.checkpoint import Checkpoint, check_tensors, optimizer_tensors, restore_optimizer
+from gatewright.training.checks import micro_batch_size, resolve_device
 from gatewright.training.history import History
-from gatewright.training.optimizer import AveragedWeights, build_adamw, clip_gradients
+from gatewright.training.optimizer import AveragedWeights, build_adamw
 from gatewright.training.precision import autocast, set_router_dtype
-from gatewright.training.run import TrainRun, require_finite
+from gatewright.training.run import TrainRun
 from gatewright.training.schedule import rate_factor
 from gatewright.training.state import first_nonfinite, saved_buffers, update_rules
+from gatewright.training.workload import tokens_per_expert
 
 
 class Trainer:
@@ -42,14 +44,17 @@ class Trainer:
         self.micro_size = micro_batch_size(run, self.context)
         torch.manual_seed(run.seed)
         self.model: nn.Module = paper.build(self.settings).to(self.device)
+        if isinstance(self.model, Decoder):
+            self.model.recompute = run.recompute == "blocks"
         set_router_dtype(self.model, run.router_dtype)
         self.objective = dataclasses.replace(paper.objective(self.settings), scope=run.balance_scope)
-        self.optimizer = build_adamw(self.model, run, run.learning_rate)
         self.average = AveragedWeights(self.model, run.ema) if run.ema else None
+        self.optimizer = build_adamw(self.model, run, run.learning_rate, self.average)
         self.cost: Cost = count_cost(self.model, self.context)
         rows = self.micro_size * run.accumulation
         self.stream = corpus.stream(rows, self.context, seed=run.data_seed, fraction=run.data_fraction)
         self.step_tokens = rows * self.context
+        self.tokens_per_expert = tokens_per_expert(self.model, self.step_tokens)
         self.total_steps = max(1, round(run.tokens / self.step_tokens))
         self.step, self.seconds = 0, 0.0
         self.history = History()
@@ -97,14 +102,11 @@ class Trainer:
             group["lr"] = rate
         batch = torch.from_numpy(self.stream.batch(self.step)).to(self.device)
         loss, stats = self._gradients(batch)
-        norm = clip_gradients(list(self.model.parameters()), self.run.clip)
-        loss_value, norm_value = float(loss), float(norm)
+        loss_value, norm_value = float(loss), float(self.optimizer.total_norm())
         finite = bool(np.isfinite(loss_value) and np.isfinite(norm_value))
         if finite:
-            self.optimizer.step()
+            self.optimizer.step(norm=norm_value)
             update_rules(self._routers, stats)
-            if self.average is not None:
-                self.average.update()
         fault = "" if finite else self._nonfinite_line(loss_value, norm_value, stats)
         self.optimizer.zero_grad(set_to_none=True)
         if fault and self.run.on_nonfinite == "stop":
@@ -247,54 +249,3 @@ class Trainer:
         restore_optimizer(self.optimizer, self._names, checkpoint.tensors["optimizer"])
         self.step, self.seconds = checkpoint.state["step"], checkpoint.state["seconds"]
         self.history = History.from_dict(checkpoint.state["history"])
-
-
-def check_settings(run: TrainRun) -> None:
-    """Raise UserError for settings that no text can make work; needs no memory and no corpus."""
-    paper = get_paper(run.paper)
-    settings = paper.Settings() if run.model is None else run.model
-    require_finite(settings)
-    resolve_device(run.device)
-    with on_no_memory():
-        paper.build(settings)
-    paper.objective(settings)
-    micro_batch_size(run, settings.context)
-
-
-def check_text(run: TrainRun, corpus: Corpus) -> None:
-    """Raise UserError if the corpus is too small for one sequence of the run."""
-    context = (get_paper(run.paper).Settings() if run.model is None else run.model).context
-    corpus.stream(1, context, fraction=run.data_fraction)
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device. Raises: UserError if it is unknown or not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r}; allowed: cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
-        raise UserError(f"device {name!r}; allowed: cpu, cuda or cuda:N")
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise UserError(
-            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use "
-            "--device cpu"
-        )
-    return device
-
-
-def micro_batch_size(run: TrainRun, context: int) -> int:
-    """Return the rows of a micro-batch. Raises: UserError unless batch_tokens splits into whole rows and
-    micro-batches.
-    """
-    if context < 1:
-        raise UserError(f"context {context}; allowed: 1 or more")
-    rows, left = divmod(run.batch_tokens, context)
-    if left or rows < 1 or rows % run.accumulation:
-        raise UserError(
-            f"batch_tokens {run.batch_tokens} with context {context} and accumulation {run.accumulation}; "
-            f"allowed: a multiple of context x accumulation = {context * run.accumulation}"
-        )
-    return rows // run.accumulation
