@@ -18,7 +18,7 @@ from gatewright.measuring import StepRun, bench_step
 from gatewright.measuring import step as step_module
 from gatewright.measuring.parts import MARK, labelled, model_labels, sum_parts, time_parts
 from gatewright.measuring.step_floor import Work, floor_seconds, work_of_parts
-from gatewright.measuring.step_result import StepResult, step_goals
+from gatewright.measuring.step_result import StepResult, size_lines, step_goals
 from gatewright.papers.mixtral import Settings, build
 from gatewright.parts import MLP, MoELayer
 from tests.measuring.samples import MACHINE
@@ -176,9 +176,21 @@ def test_goals_and_the_table():
         ["experts", "1.00", "+", "2.00", "2.0", "-", "-"]
     ]
     assert "  not held fp32: a dense step at least 1.5 times" in text
+    assert "memory" not in text
     result.check()
     with pytest.raises(RunFailure, match="fp32: busy; run again"):
         StepResult({"rows": [row(refused="busy")], "goals": []}, ()).check()
+
+
+def test_memory_and_tokens_per_expert_are_told():
+    own = row()
+    own["sides"]["sparse"] |= {"tokens_per_expert": 256.0, "memory": None}
+    own["sides"]["dense"]["memory"] = {"peak": 3 << 20, "floor": 2 << 20, "over_floor": 1.5}
+    assert size_lines(own) == [
+        "  sparse: 256 tokens per expert and step",
+        "  sparse: the process whose memory was measured died",
+        "  dense: peak memory 3 MiB, 1.50 times its floor of 2 MiB",
+    ]
 
 
 def test_a_whole_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -209,6 +221,9 @@ def test_a_whole_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert own["sides"]["sparse"]["parts"]["optimizer"]["forward"] > 0
         assert own["sides"]["sparse"]["parts"]["loss"]["backward"] > 0
         assert "router" not in own["sides"]["dense"]["parts"]
+        # 64 tokens, 2 of 4 experts each.
+        assert own["sides"]["sparse"]["tokens_per_expert"] == 32
+        assert own["sides"]["dense"]["tokens_per_expert"] is None
     assert len(record["goals"]) == 6
     assert [Path(file).name for file in result.files] == ["step.json", "step-fp32.png", "step-bf16.png"]
     assert all(Path(file).is_file() for file in result.files)

@@ -16,6 +16,7 @@ from gatewright.errors import UserError
 from gatewright.experiments.twin import dense_twin
 from gatewright.kernels import native
 from gatewright.measuring.grid import Dtype
+from gatewright.measuring.memory import check_memory_can_be_measured
 from gatewright.measuring.parts import model_labels, time_parts
 from gatewright.measuring.pictures import draw_step
 from gatewright.measuring.record import refusal
@@ -23,12 +24,15 @@ from gatewright.measuring.roofline import Machine, measure_machine
 from gatewright.measuring.rounds import Turn, check_rounds, middle, paired, spread, time_rounds
 from gatewright.measuring.run import Allocator
 from gatewright.measuring.step_floor import floor_seconds, work_of_parts
+from gatewright.measuring.step_memory import step_memory
 from gatewright.measuring.step_result import SCHEMA, StepResult, step_goals, told
 from gatewright.papers.registry import get_paper
 from gatewright.training import TrainRun
 from gatewright.training.checkpoint import write_atomic
+from gatewright.training.checks import check_settings, check_text
+from gatewright.training.run import Recompute
 from gatewright.training.runlog import Progress
-from gatewright.training.trainer import Trainer, check_settings, check_text
+from gatewright.training.trainer import Trainer
 from gatewright.training.workplace import command_line, environment, now, own_folder
 
 WARM_UPS, PROFILED = 3, 5
@@ -51,10 +55,14 @@ class StepRun:
     """tokens per optimizer step"""
     accumulation: int = 1
     """micro-batches that a step's tokens are split into"""
+    recompute: Recompute = "none"
+    """what the backward pass computes again instead of keeping it: none, or blocks"""
     precisions: tuple[Dtype, ...] = ("fp32", "bf16")
     """of the matmuls; weights and optimizer stay fp32"""
     plain: bool = True
     """time both models with torch's own operators too, to see what this toolkit's gain"""
+    memory: bool = False
+    """measure each model's peak memory too, against its floor, in a process of its own"""
     steps: int = 2
     """optimizer steps per turn"""
     rounds: int = 15
@@ -72,6 +80,8 @@ class StepRun:
             raise UserError("precisions is empty; allowed: fp32, bf16 or both")
         if self.steps < 1:
             raise UserError(f"steps {self.steps}; allowed: 1 or more")
+        if self.memory:
+            check_memory_can_be_measured()
 
 
 def bench_step(run: StepRun, say: Callable[[str], None] | None = None) -> StepResult:
@@ -91,8 +101,12 @@ def bench_step(run: StepRun, say: Callable[[str], None] | None = None) -> StepRe
         machine = measure_machine(run.precisions, run.rounds)
         rows = []
         for precision, runs in plans.items():
-            rows.append(measure_row(run, precision, runs, corpus, machine))
-            say(told(rows[-1]))
+            row = measure_row(run, precision, runs, corpus, machine)
+            for name, own in runs.items() if run.memory else ():
+                found = step_memory(own, torch.get_num_threads())
+                row["sides"][name]["memory"] = found and found.to_dict()
+            rows.append(row)
+            say(told(row))
         record = {
             "schema": SCHEMA,
             "command": command_line(),
@@ -102,6 +116,7 @@ def bench_step(run: StepRun, say: Callable[[str], None] | None = None) -> StepRe
                 "paper": run.paper,
                 "batch_tokens": run.batch_tokens,
                 "accumulation": run.accumulation,
+                "recompute": run.recompute,
                 "rounds": run.rounds,
                 "steps": run.steps,
                 "allocator": run.allocator,
@@ -181,10 +196,9 @@ def _side(trainer: Trainer, precision: Dtype, machine: Machine) -> dict[str, Any
         *model_labels(model),
         (trainer.stream, "batch", "data"),
         (trainer, "objective", "loss"),
+        (trainer.optimizer, "total_norm", "optimizer"),
         (trainer.optimizer, "step", "optimizer"),
     ]
-    if trainer.average is not None:
-        labels.append((trainer.average, "update", "optimizer"))
     times = time_parts(trainer.advance, PROFILED, labels)
     work = work_of_parts(model, trainer.step_tokens, precision, averaged=trainer.average is not None)
     parts = {
@@ -196,5 +210,6 @@ def _side(trainer: Trainer, precision: Dtype, machine: Machine) -> dict[str, Any
         "active_parameters": trainer.cost.active_parameters,
         "total_parameters": trainer.cost.total_parameters,
         "tokens_per_step": trainer.step_tokens,
+        "tokens_per_expert": trainer.tokens_per_expert,
         "parts": parts,
     }

@@ -36,7 +36,7 @@ class StepResult:
         """Return the ratios, a table of parts for each precision, and the goals."""
         lines = []
         for row in self.record["rows"]:
-            lines += [told(row), *part_lines(row), ""]
+            lines += [told(row), *size_lines(row), *part_lines(row), ""]
         lines += ["goals", *map(goal_line, self.record["goals"]), "", *self.files]
         return "\n".join(lines)
 
@@ -56,6 +56,25 @@ def told(row: Mapping[str, Any]) -> str:
     gained = f"; over torch's own operators: {', '.join(gains)} times as fast" if gains else ""
     ratio = ratio_text(row["ratios"]["sparse_over_dense"])
     return f"{row['precision']}: {shown}; sparse over dense {ratio}{gained}"
+
+
+def size_lines(row: Mapping[str, Any]) -> list[str]:
+    """Return tokens per expert and step where there are experts, and peak memory where it was measured."""
+    lines = []
+    for name, side in row["sides"].items():
+        if side.get("tokens_per_expert"):
+            lines.append(f"  {name}: {side['tokens_per_expert']:g} tokens per expert and step")
+        if "memory" in side:
+            lines.append(f"  {name}: {memory_text(side['memory'])}")
+    return lines
+
+
+def memory_text(memory: Mapping[str, Any] | None) -> str:
+    """Return a peak and its floor in words."""
+    if memory is None:
+        return "the process whose memory was measured died"
+    peak, floor = (memory[part] / 2**20 for part in ("peak", "floor"))
+    return f"peak memory {peak:.0f} MiB, {memory['over_floor']:.2f} times its floor of {floor:.0f} MiB"
 
 
 def part_lines(row: Mapping[str, Any]) -> list[str]:
