@@ -220,11 +220,18 @@ def _corpus() -> list[Check]:
 
 
 def _native() -> list[Check]:
-    from gatewright.kernels import native
+    import torch
+
+    from gatewright.kernels import choose_attention, native
 
     found = native.status()
-    advice = "" if found.ready else "grouped matmuls of torch compute the experts instead: slower"
-    return [Check("native kernels", found.reason, "ok" if found.ready else "note", advice)]
+    advice = "" if found.ready else "torch's own operators compute experts and attention instead: slower"
+    heads = torch.zeros(1, 1, 1, 64)
+    form, reason = choose_attention(heads, heads)
+    return [
+        Check("native kernels", found.reason, "ok" if found.ready else "note", advice),
+        Check("attention", f"{form}: {reason}"),
+    ]
 
 
 def _self_test() -> list[Check]:

@@ -121,7 +121,12 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
         ("switch", {"moe_layers": "none", "activation": "gelu"}),
     ],
 )
-def test_activations_match_what_autograd_keeps(paper: str, changes: dict[str, Any], dtype: str):
+@pytest.mark.parametrize("form", [None, "matmul"])
+def test_activations_match_what_autograd_keeps(
+    monkeypatch: pytest.MonkeyPatch, paper: str, changes: dict[str, Any], dtype: str, form: str | None
+):
+    if form:
+        monkeypatch.setenv("GATEWRIGHT_ATTENTION", form)
     file = get_paper(paper)
     settings = dataclasses.replace(file.Settings(), num_layers=3, vocab_size=100, **changes)
     model = file.build(settings).to(torch.float32 if dtype == "fp32" else torch.bfloat16)

@@ -12,7 +12,7 @@ from torch import nn
 
 from gatewright.backbones import Attention, Block, Decoder
 from gatewright.errors import UserError, did_you_mean
-from gatewright.kernels import native
+from gatewright.kernels import choose_attention, native
 from gatewright.kernels.dense import fits
 from gatewright.parts import MLP, Experts, MoELayer, Router
 from gatewright.parts.free_experts import FreeExperts
@@ -70,7 +70,7 @@ def training_memory(model: Decoder, dtype: str, context: int, batch: int, optimi
     state = OPTIMIZERS[check_choice("optimizer", optimizer, tuple(OPTIMIZERS))]
     master = MASTER_BYTES if dtype == "bf16" else 0
     tokens = batch * context
-    blocks = [_block_bytes(block, each) for block in model.layers if isinstance(block, Block)]
+    blocks = [_block_bytes(block, each, context, batch) for block in model.layers if isinstance(block, Block)]
     ends = _ends_bytes(model, each)
     kept_inputs = each * model.width * len(blocks)
     return TrainingMemory(
@@ -95,7 +95,7 @@ def _norm_bytes(width: int, each: float, output_kept: bool = True, norms: int = 
     return inner + (each * width if output_kept else 0)
 
 
-def _block_bytes(block: Block, each: float) -> float:
+def _block_bytes(block: Block, each: float, context: int, batch: int) -> float:
     """Per token, what one block keeps for its backward pass; `each` bytes per activation.
 
     Two norms; queries, keys, values, attention's output and its log-sum-exp (fused attention keeps no S x S
@@ -107,11 +107,24 @@ def _block_bytes(block: Block, each: float) -> float:
     width = attention.query.weight.shape[1]
     query, key = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
     kept = 2 * _norm_bytes(width, each) + each * (2 * query + 2 * key) + 4 * attention.num_heads
+    kept += _scores_bytes(attention, each, context, batch)
     if attention.qk_norm != "none":
         per_head = attention.qk_norm == "head"
         for size, heads in ((query, attention.num_heads), (key, attention.num_kv_heads)):
             kept += _norm_bytes(size, each, output_kept=False, norms=heads if per_head else 1)
     return kept + _feed_forward_bytes(block.feed_forward, width, each)
+
+
+def _scores_bytes(attention: Attention, each: float, context: int, batch: int) -> float:
+    """Per token, what attention by plain matmuls keeps beyond a fused one: S weights of each head, the mask
+    that all texts share, keys and values once for each head of queries; but no log-sum-exps.
+    """
+    heads, kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    number = torch.zeros((), dtype=torch.float32 if each == BYTES_PER_WEIGHT["fp32"] else torch.bfloat16)
+    q, k = (number.expand(1, count, context, head_dim) for count in (heads, kv_heads))
+    if choose_attention(q, k)[0] != "matmul":
+        return 0.0
+    return each * heads * context + context / batch + each * 2 * (heads - kv_heads) * head_dim - 4 * heads
 
 
 def _feed_forward_bytes(module: nn.Module, width: int, each: float) -> float:

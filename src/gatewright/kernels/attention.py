@@ -40,6 +40,8 @@ def attend(
         )
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # as it would narrow torch's operators
         q, k, v = (one.to(torch.get_autocast_dtype("cpu")) for one in (q, k, v))
+    if k.dtype != q.dtype and not native_attention.takes(q, k):
+        k, v = k.to(q.dtype), v.to(q.dtype)
     chosen, reason = choose_attention(q, k, form)
     if chosen == "native" and not native_attention.takes(q, k):
         raise UserError(f"attention form 'native' does not take these tensors: {reason}")

@@ -33,12 +33,17 @@ template <class T, class A>
 void turn_all(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool back, const at::Tensor& y) {
   const int64_t B = x.size(0), H = x.size(1), S = x.size(2), d = x.size(3);
   const A *cosines = cos.const_data_ptr<A>(), *sines = sin.const_data_ptr<A>();
+  const T* from = x.const_data_ptr<T>();
+  T* to = y.mutable_data_ptr<T>();
+  const int64_t b_in = x.stride(0), h_in = x.stride(1), s_in = x.stride(2), b_out = y.stride(0), h_out = y.stride(1),
+                s_out = y.stride(2);
   // A row of all heads lies side by side more often than not: positions outside, heads inside.
   run_range(B * S, std::max<int64_t>(1, 16384 / (H * d)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / S, at = i % S;
       for (int64_t h = 0; h < H; ++h)
-        turn(head_of<T>(x, b, h).row(at), cosines + at * d, sines + at * d, d, back, own_head_of<T>(y, b, h).row(at));
+        turn(from + b * b_in + at * s_in + h * h_in, cosines + at * d, sines + at * d, d, back,
+             to + b * b_out + at * s_out + h * h_out);
     }
   });
 }
