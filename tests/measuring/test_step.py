@@ -55,6 +55,9 @@ def test_a_moment_belongs_to_its_innermost_label_and_a_node_to_its_maker():
     query = event("aten::linear", 110, 210, attention)
     mm = event("aten::mm", 120, 200, query, number=7)
     soft = event("aten::softmax", 300, 400, attention, number=8)
+    # A linear map outside of every module is the head's; what stands inside a map is no further map.
+    head = event("Maps", 540, 590, step)
+    inside = event("gatewright::maps_forward", 545, 585, head)
     # Of two operators with one number the later made the node: the earlier only stood before it.
     view = event("aten::view", 520, 530, step, number=8)
     back = [
@@ -63,18 +66,19 @@ def test_a_moment_belongs_to_its_innermost_label_and_a_node_to_its_maker():
         event("autograd::engine::evaluate_function: AccumulateGrad", 670, 690, step),
     ]
     inner = event("aten::mm", 610, 650, back[0], number=9)
-    times = sum_parts([step, attention, query, mm, soft, view, *back, inner], steps=2)
+    times = sum_parts([step, attention, query, mm, soft, view, head, inside, *back, inner], steps=2)
     micro = {part: {way: round(2e6 * own[way], 3) for way in own} for part, own in times.items()}
     assert micro["projections"] == {"forward": 100, "backward": 60}
     assert micro["attention"] == {"forward": 300, "backward": 0}
-    assert micro["rest"] == {"forward": 1000 - 400 - 90, "backward": 30}
+    assert micro["head"] == {"forward": 50, "backward": 0}
+    assert micro["rest"] == {"forward": 1000 - 400 - 50 - 90, "backward": 30}
     assert sum(sum(own.values()) for own in micro.values()) == 1000
 
 
 def test_labels_are_taken_off_again():
     layer = MLP(4, 8)
-    with pytest.raises(RuntimeError), labelled(layer, "forward", "dense_ffn"):
-        layer(torch.zeros(2, 5))
+    with pytest.raises(TypeError), labelled(layer, "forward", "dense_ffn"):
+        layer()
     assert "forward" not in vars(layer)
     with labelled(layer, "forward", "dense_ffn"):
         assert "forward" in vars(layer)

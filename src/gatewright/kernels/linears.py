@@ -18,8 +18,10 @@ _LEAST_TOKENS, _MOST_OUTPUTS, _MOST_WEIGHTS, _WIDEST_NARROW = 1024, 2048, 2**19,
 
 def multiplied_in(x: Float[Tensor, "*batch D"]) -> torch.dtype:
     """Return the dtype that torch's linear maps of x multiply in here: autocast's, or x's own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    place = x.device.type
+    known = torch.amp.is_autocast_available(place)
+    if known and torch.is_autocast_enabled(place) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(place)
     return x.dtype
 
 

@@ -22,8 +22,9 @@ PARTS = (
     *("data", "embedding", "norms", "projections", "attention", "router", "experts", "shared_experts"),
     *("dense_ffn", "head", "loss", "optimizer", "rest"),
 )
-# An attention module's linear maps are a part of their own.
-LINEAR = ("aten::linear", "gatewright::linears", "gatewright::maps", "_Linears", "_Maps")
+# Linear maps are a part of their own inside an attention module, and the head where no module is.
+LINEAR = ("aten::linear", "gatewright::maps", "Maps")
+MAPPED = {"attention": "projections", "rest": "head"}
 Times = dict[str, dict[str, float]]
 
 
@@ -116,10 +117,9 @@ def sum_parts(events: Iterable[Any], steps: int) -> Times:
 
 
 def is_map(event: Any) -> bool:
-    """Say whether an event is a linear map straight inside an attention module."""
+    """Say whether an event is a linear map that is a part of its own."""
     above = event.cpu_parent
-    mapped = event.name.startswith(LINEAR) and above is not None and not above.name.startswith(LINEAR)
-    return mapped and place_of(above) == "attention"
+    return event.name.startswith(LINEAR) and above is not None and place_of(above) in MAPPED
 
 
 def place_of(event: Any) -> str:
@@ -128,7 +128,7 @@ def place_of(event: Any) -> str:
     while event is not None:
         if event.name.startswith(MARK):
             part: str = event.name.removeprefix(MARK)
-            return "projections" if mapped and part == "attention" else part
+            return MAPPED.get(part, part) if mapped else part
         mapped = mapped or event.name.startswith(LINEAR)
         event = event.cpu_parent
     return "rest"

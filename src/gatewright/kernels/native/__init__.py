@@ -57,6 +57,15 @@ def runs_for(*tensors: Tensor) -> bool:
     return all(one.device.type == "cpu" and one.dtype in DTYPES for one in tensors) and is_ready()
 
 
+def only_once(what: str) -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated itself: ours have no formula."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{what} in C++ is once differentiable; for gradients of gradients compute inside "
+            "gatewright.kernels.native.left_out(), with torch's own operators"
+        )
+
+
 @contextmanager
 def left_out() -> Iterator[None]:
     """Compute with torch's own operators inside this context, process-wide: for measuring what ours gain."""

@@ -85,6 +85,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, due: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if due is None:
         return (None,) * 4
+    native.only_once("attention")
     return *torch.ops.gatewright.attention_backward(due, *ctx.saved_tensors, ctx.past), None
 
 

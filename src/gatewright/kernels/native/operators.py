@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatewright.kernels import native
+
 
 def register() -> None:
     """Return nothing: tell torch about operators that a library has just brought."""
@@ -45,6 +47,7 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_pre: Tensor | None) -> 
     pre, *given = ctx.saved_tensors
     if grad_y is None:
         return (None,) * 13
+    native.only_once("the experts' backward pass")
     needs = ctx.needs_input_grad
     found = torch.ops.gatewright.experts_backward(
         grad_y.contiguous(), pre, needs[0], any(needs[2:6]), *given, *ctx.words

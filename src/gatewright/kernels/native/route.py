@@ -139,6 +139,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     came = [grads[i] for i in (0, 2, 3, 4)]
     if all(one is None for one in came):
         return (None,) * 10
+    native.only_once("the router's backward pass")
     found = torch.ops.gatewright.route_backward(
         *(None if one is None else one.contiguous() for one in came), *ctx.saved_tensors, *ctx.words
     )

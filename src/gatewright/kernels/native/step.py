@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatewright.kernels import native
+
 
 class Norm(torch.autograd.Function):
     """Rows x [T, D], y or None, weight, eps -> x + y (x itself without y) and its norm times weight."""
@@ -28,6 +30,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, y and weight."""
+        native.only_once("a norm")
         sums, roots, weight = ctx.saved_tensors
         beside, grad = (None, *grads)[-2:]
         of_sum, of_weight = beside, None
@@ -55,6 +58,7 @@ class Maps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the weights."""
+        native.only_once("a linear map")
         x, *weights = ctx.saved_tensors
         need_x, _, *needs = ctx.needs_input_grad
         laid = [grad.contiguous() for grad in grads]
@@ -88,6 +92,7 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, both weights and both biases."""
+        native.only_once("a feed-forward layer")
         pre, *given = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         found = torch.ops.gatewright.mlp_backward(
@@ -110,6 +115,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the logits, in their dtype."""
+        native.only_once("the cross-entropy")
         return torch.ops.gatewright.cross_entropy_backward(grad, *ctx.saved_tensors), None
 
 
