@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gatewright.backbones.norm import RMSNorm
 from gatewright.errors import UserError, did_you_mean
+from gatewright.kernels import apply_linears
 
 QK_NORMS = ("none", "head", "width")
 
@@ -137,9 +138,10 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B S D"]:
         """Return attention over x and, with a cache, over everything before it; the cache is extended."""
         normed = self.qk_norm != "none"
-        q = rotate(self._heads(self.query(x), self.num_heads, self.query_norm if normed else None), cos, sin)
-        k = rotate(self._heads(self.key(x), self.num_kv_heads, self.key_norm if normed else None), cos, sin)
-        v = self._heads(self.value(x), self.num_kv_heads, None)
+        q, k, v = apply_linears(x, (self.query, self.key, self.value))
+        q = rotate(self._heads(q, self.num_heads, self.query_norm if normed else None), cos, sin)
+        k = rotate(self._heads(k, self.num_kv_heads, self.key_norm if normed else None), cos, sin)
+        v = self._heads(v, self.num_kv_heads, None)
         mask = None
         if cache is not None:
             past = cache.length
@@ -151,5 +153,5 @@ class Attention(nn.Module):
         causal = mask is None and q.shape[2] == k.shape[2]
         grouped = self.num_heads != self.num_kv_heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        out: Tensor = self.output(y.transpose(1, 2).flatten(-2))
+        (out,) = apply_linears(y.transpose(1, 2).flatten(-2), (self.output,))
         return out

@@ -8,6 +8,8 @@ from gatewright.kernels.choose import (
     expert_mlp_sorted,
     runnable_backends,
 )
+from gatewright.kernels.few_rows import apply_linears, few_rows_linear
+from gatewright.kernels.int8 import dequantise, quantise
 from gatewright.kernels.native.route import FusedRoute, TopK, fused_route
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 from gatewright.kernels.ranking import rank_rows, ranks_fast
@@ -20,12 +22,16 @@ __all__ = [
     "FusedRoute",
     "TopK",
     "activate",
+    "apply_linears",
     "check_activation",
     "choose_backend",
+    "dequantise",
     "expert_mlp",
     "expert_mlp_sorted",
+    "few_rows_linear",
     "fused_route",
     "is_gated",
+    "quantise",
     "rank_rows",
     "ranks_fast",
     "runnable_backends",

@@ -5,12 +5,19 @@ expert.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from gatewright.errors import UserError
-from gatewright.kernels import DispatchPlan, ExpertWeights, activate, check_activation, expert_mlp, is_gated
+from gatewright.kernels import (
+    DispatchPlan,
+    ExpertWeights,
+    activate,
+    check_activation,
+    expert_mlp,
+    few_rows_linear,
+    is_gated,
+)
 from gatewright.kernels.rows import owners
 from gatewright.parts.draws import call_key, fold, uniform_rows
 from gatewright.parts.routing import RoutingCall
@@ -72,9 +79,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Return FFN(x), shape and dtype of x."""
-        return F.linear(
-            activate(self.activation, F.linear(x, self.w_in, self.b_in)), self.w_down, self.b_down
-        )
+        hidden = activate(self.activation, few_rows_linear(x, self.w_in, self.b_in))
+        return few_rows_linear(hidden, self.w_down, self.b_down)
 
 
 class Experts(nn.Module):

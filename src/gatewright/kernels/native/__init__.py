@@ -81,8 +81,9 @@ def _load() -> Status:
         return Status(False, str(failure))
     except OSError as error:  # built, but not for this process: another torch, a missing symbol
         return Status(False, f"the built library cannot be loaded: {error}")
-    from gatewright.kernels.native import operators, plan, route  # what autograd and compilers need to know
+    # What autograd and compilers need to know.
+    from gatewright.kernels.native import few, operators, plan, route
 
-    for brought in (operators, route, plan):
+    for brought in (operators, route, plan, few):
         brought.register()
     return Status(True, f"matmuls: {torch.ops.gatewright.engine('')}")

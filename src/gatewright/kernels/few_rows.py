@@ -1,0 +1,40 @@
+"""Linear maps of a few tokens, as in decoding: by dot products at the memory's pace, else torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatewright.kernels.native.few import few_rows_maps
+
+
+def few_rows_linear(
+    x: Float[Tensor, "*batch D"], weight: Float[Tensor, "N D"], bias: Float[Tensor, "N"] | None = None
+) -> Float[Tensor, "*batch N"]:
+    """Return F.linear(x, weight, bias), by the native kernels for up to 8 tokens without gradient."""
+    found = few_rows_maps(x, (weight,))
+    if found is None:
+        return F.linear(x, weight, bias)
+    return found[0] if bias is None else found[0] + bias
+
+
+def apply_linears(x: Float[Tensor, "*batch D"], modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Return what each module gives for x; plain linear maps of a few tokens without gradient as one.
+
+    A module of another class, with a bias or with a hook is called: who replaced or watches it counts on
+    that.
+    """
+    weights = [weight for module in modules if (weight := _plain_weight(module)) is not None]
+    found = few_rows_maps(x, weights) if len(weights) == len(modules) else None
+    return [module(x) for module in modules] if found is None else found
+
+
+def _plain_weight(module: nn.Module) -> Tensor | None:
+    """Return the weight of a linear map that does nothing else, None for any other module."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    if type(module) is not nn.Linear or module.bias is not None or hooked:
+        return None
+    return module.weight
