@@ -131,7 +131,7 @@ class Fixed(Decoder):
         super().__init__(logits.shape[0], 4, 1, [MLP(4, 4)], context=512)
         self.answer, self.calls = logits, 0
 
-    def forward(self, tokens: Tensor, cache: Any = None, capture: bool = False) -> DecoderOutput:
+    def forward(self, tokens: Tensor, cache: Any = None, capture: bool = False, **_: Any) -> DecoderOutput:
         self.calls += 1
         return DecoderOutput(self.answer.expand(*tokens.shape, -1), Stats())
 
