@@ -195,31 +195,32 @@ def test_modules_that_are_more_than_a_linear_map_are_called():
     assert len(seen) == 2
 
 
+def arguments_of(weights: ExpertWeights, places: list[list[int]], **changed: Tensor | None) -> tuple:
+    """Return the operator's arguments behind x and combine weights, some of the weights changed."""
+    plan, words = plan_of(places, 6), ("w_in", "w_down", "scale_in", "scale_down", "b_in", "b_down")
+    held = (changed.get(name, getattr(weights, name)) for name in words)
+    return *held, plan.token_ids, plan.counts, plan.slots, weights.activation, False
+
+
 def test_wrong_scales_and_shapes_are_refused():
     x, places, combine, weights = several(torch.float32, torch.int8)
-    with torch.no_grad():
-        for wrong in (
-            replace(weights, scale_down=None),
-            replace(weights, scale_in=torch.ones(6, 3)),
-            replace(in_int8(weights_of_floats()), b_in=torch.ones(6, 134, dtype=torch.bfloat16)),
-        ):
-            with pytest.raises(ValueError, match=r"scale|dtypes"):
-                expert_mlp(x, plan_of(places, 6), combine, wrong, "native")
+    wrong = [
+        {"scale_down": None},
+        {"scale_in": torch.ones(6, 3)},
+        {"scale_in": torch.ones(6, 134, dtype=torch.float64)},
+        {"w_in": torch.ones(6, 134, 70), "w_down": torch.ones(6, 70, 67)},
+        {"b_in": torch.ones(6, 134, dtype=torch.bfloat16)},
+    ]
+    for changed in wrong:
+        with pytest.raises(ValueError, match=r"scale|dtypes"):
+            torch.ops.gatewright.experts_few(x, combine, *arguments_of(weights, places, **changed))
     with pytest.raises(ValueError, match="one width"):
         torch.ops.gatewright.few_rows_maps(x, [torch.ones(3, 5)])
 
 
-def weights_of_floats() -> ExpertWeights:
-    """Return the weights that `several` draws, with biases."""
-    return draw_weights("swiglu", 6, 70, 67, torch.float32, biased=True)
-
-
 def test_compilers_know_the_shapes():
     x, places, combine, weights = several(torch.float32, torch.int8)
-    plan = plan_of(places, 6)
-    of_plan = (plan.token_ids, plan.counts, plan.slots)
-    arguments = (x, combine, weights.w_in, weights.w_down, weights.scale_in, weights.scale_down, None, None)
     checks = ("test_schema", "test_faketensor")
-    operators = torch.ops.gatewright
-    torch.library.opcheck(operators.experts_few, (*arguments, *of_plan, "swiglu", False), test_utils=checks)
+    operators, arguments = torch.ops.gatewright, (x, combine, *arguments_of(weights, places))
+    torch.library.opcheck(operators.experts_few, arguments, test_utils=checks)
     torch.library.opcheck(operators.few_rows_maps, (x, [torch.ones(3, 70)]), test_utils=checks)
