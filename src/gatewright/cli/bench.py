@@ -1,4 +1,4 @@
-"""`gatewright bench [layer|routers]`: what a layer, or every router, costs on this machine."""
+"""`gatewright bench [layer|decode|routers]`: what layers, decoded tokens and routers cost on this machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from typing import Any
 from .run import Common, Outcome, command, fail, prepare_process
 
 # Word -> settings class and function, both of gatewright.measuring; the first is what no word means.
-KINDS = {"layer": ("BenchRun", "bench_layer"), "routers": ("RoutersRun", "bench_routers")}
+KINDS = {
+    "layer": ("BenchRun", "bench_layer"),
+    "decode": ("DecodeRun", "bench_decode"),
+    "routers": ("RoutersRun", "bench_routers"),
+}
 INTRO = (
     "layer, the default: one expert layer against dense layers and transformers.\n"
+    "decode: tokens one by one, and a prompt, by our decoder and by transformers.\n"
     "routers: every routing rule against plain token choice."
 )
 

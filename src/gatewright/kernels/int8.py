@@ -1,8 +1,8 @@
 """Weights in int8 with one fp32 scale per output row: a quarter of fp32's bytes to read for each token.
 
 In exact arithmetic, for w [N, D] with q and s from `quantise`, each |w_ij - s_i q_ij| <= s_i / 2, so a linear
-map errs by |y_i - y'_i| <= s_i / 2 sum_j |x_j|. Through a SwiGLU expert, with dg and du those bounds of gate g,
-up u, and silu rising by less than 1.1 per 1, |h - h'| <= 1.1 dg (|u| + du) + |silu(g)| du = dh, and
+map errs by |y_i - y'_i| <= s_i / 2 sum_j |x_j|. Through a SwiGLU expert, with dg and du those bounds of gate
+g and up u, and silu rising by at most 1.1 a step, |h - h'| <= 1.1 dg (|u| + du) + |silu(g)| du = dh, and then
 |y_i - y'_i| <= sum_j (|w_ij| + s_i / 2) dh_j + s_i / 2 sum_j |h_j|, w and s of the second matrix.
 """
 
