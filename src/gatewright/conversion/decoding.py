@@ -74,7 +74,7 @@ class TransformersDecoder:
     def __init__(self, decoder: Any, implementation: str, capacity: int, compiled: bool = False) -> None:
         self.model = mixtral_model(decoder, implementation)
         self.capacity, self.compiled = capacity, compiled
-        self._step: Any = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self._step: Any = None if compiled else self.model
         self.cache: Any = None
         self.length = 0
 
@@ -88,6 +88,8 @@ class TransformersDecoder:
 
     def step(self, ids: Tensor) -> Tensor:
         """Return the logits after one more id per row."""
+        if self._step is None:
+            self._step = torch.compile(self.model, dynamic=False)
         return self._last(self._step, ids)
 
     def _last(self, model: Any, ids: Tensor) -> Tensor:
