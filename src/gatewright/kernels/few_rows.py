@@ -34,7 +34,8 @@ def apply_linears(x: Float[Tensor, "*batch D"], modules: Sequence[nn.Module]) ->
 
 def _plain_weight(module: nn.Module) -> Tensor | None:
     """Return the weight of a linear map that does nothing else, None for any other module."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    if type(module) is not nn.Linear or module.bias is not None or hooked:
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return None
-    return module.weight
+    # Straight from where they lie: this is asked thrice per layer and token.
+    own = module._parameters
+    return None if own.get("bias") is not None or "forward" in module.__dict__ else own.get("weight")

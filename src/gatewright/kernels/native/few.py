@@ -53,13 +53,18 @@ def few_rows_maps(
     """Return x W^T for each W [N, D], in x's dtype; None where a call is not one of these: more tokens, a
     gradient that is asked for, autocast, weights that are not of x's dtype.
     """
-    num_tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if not takes_few(num_tokens, x, *weights) or not native.runs_for(x, *weights):
+    width = x.shape[-1]
+    num_tokens = x.numel() // width if width else 0
+    if not 0 < num_tokens <= MOST_TOKENS or not takes_few(num_tokens, x, *weights):
         return None
-    if torch.is_autocast_enabled("cpu") or any(one.dtype != x.dtype for one in weights):
+    if torch.is_autocast_enabled("cpu") or not native.runs_for(x):
         return None
-    laid = [one.contiguous() for one in weights]
-    found = torch.ops.gatewright.few_rows_maps(x.reshape(num_tokens, -1).contiguous(), laid)
+    laid = []
+    for one in weights:
+        if one.dtype != x.dtype or not one.is_cpu:
+            return None
+        laid.append(one.contiguous())
+    found = torch.ops.gatewright.few_rows_maps(x.reshape(num_tokens, width).contiguous(), laid)
     return [one.view(*x.shape[:-1], -1) for one in found]
 
 
