@@ -170,12 +170,18 @@ class _Reader:
         window = text[:, self.start :]
         if not self.use_cache:
             with _for_generation(self.model, self.layers):
-                return self.model(window, with_stats=False, only_last=True).logits[:, -1]
+                return self._last_logits(window)
         if self.cache is None:
             self.cache = self.model.new_cache(text.shape[0], self.capacity)
         new = window[:, self.cache.length :]
         with _for_generation(self.model, self.layers):
-            return self.model(new, self.cache, with_stats=False, only_last=True).logits[:, -1]
+            return self._last_logits(new, self.cache)
+
+    def _last_logits(self, window: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return logits [B, V]; Stats are taken only where somebody watches a layer."""
+        watched = any(layer._forward_hooks for layer in self.layers)
+        logits: Tensor = self.model(window, cache, with_stats=watched, only_last=True).logits
+        return logits[:, -1]
 
 
 @contextmanager
