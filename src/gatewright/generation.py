@@ -156,6 +156,7 @@ class _Reader:
 
     def __init__(self, model: Decoder, capacity: int, use_cache: bool) -> None:
         self.model, self.capacity, self.use_cache = model, capacity, use_cache
+        self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self.start = 0
         self.cache: KVCache | None = None
 
@@ -168,18 +169,24 @@ class _Reader:
             self.cache = None
         window = text[:, self.start :]
         if not self.use_cache:
-            with _for_generation(self.model):
-                return self.model(window).logits[:, -1]
+            with _for_generation(self.model, self.layers):
+                return self._last_logits(window)
         if self.cache is None:
             self.cache = self.model.new_cache(text.shape[0], self.capacity)
-        with _for_generation(self.model):
-            return self.model(window[:, self.cache.length :], self.cache).logits[:, -1]
+        new = window[:, self.cache.length :]
+        with _for_generation(self.model, self.layers):
+            return self._last_logits(new, self.cache)
+
+    def _last_logits(self, window: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return logits [B, V]; Stats are taken only where somebody watches a layer."""
+        watched = any(layer._forward_hooks for layer in self.layers)
+        logits: Tensor = self.model(window, cache, with_stats=watched, only_last=True).logits
+        return logits[:, -1]
 
 
 @contextmanager
-def _for_generation(model: Decoder) -> Iterator[None]:
+def _for_generation(model: Decoder, layers: Sequence[MoELayer]) -> Iterator[None]:
     """Evaluation mode and no capacity for one call; who stops in the middle finds the model as it was."""
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     capacities = [layer.capacity for layer in layers]
     was_training = model.training
     try:

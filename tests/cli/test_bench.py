@@ -105,7 +105,7 @@ def test_the_allocator_that_took_effect_is_recorded(capsys, monkeypatch, asked: 
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ("bench layr", ["bench layr", "did you mean 'layer'", "allowed: layer, routers"]),
+        ("bench layr", ["bench layr", "did you mean 'layer'", "allowed: layer, decode, routers"]),
         ("bench --rounds 10", ["rounds 10", "11 or more"]),
         ("bench layer --rows 1x2x3", ["row '1x2x3'", "TxDxFxExK"]),
         ("bench --rows 8x8x8x2x3", ["at most as many selected"]),
@@ -119,6 +119,8 @@ def test_the_allocator_that_took_effect_is_recorded(capsys, monkeypatch, asked: 
         ("bench step --rounds 3", ["rounds 3", "11 or more"]),
         ("bench step mixtrall", ["mixtrall", "did you mean 'mixtral'"]),
         ("bench step --quick", ["--quick", "gatewright bench step mixtral --help"]),
+        ("bench decode --heads 3", ["heads 3", "divide"]),
+        ("bench decode --kinds decode-2", ["decode-2", "decode-1"]),
         ("bench routers --quick", ["--quick", "gatewright bench routers --help"]),
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gatewright.backbones.norm import RMSNorm
 from gatewright.errors import UserError, did_you_mean
-from gatewright.kernels import attend, linears, native
+from gatewright.kernels import apply_linears, attend, native
 from gatewright.kernels.native import attention as native_attention
 
 QK_NORMS = ("none", "head", "width")
@@ -170,7 +170,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B S D"]:
         """Return attention over x and, with a cache, over everything before it; the cache is extended."""
         normed = self.qk_norm != "none"
-        queries, keys, values = linears(x, [self.query.weight, self.key.weight, self.value.weight])
+        queries, keys, values = apply_linears(x, (self.query, self.key, self.value))
         q = self._heads(queries, self.num_heads, self.query_norm if normed else None)
         k = self._heads(keys, self.num_kv_heads, self.key_norm if normed else None)
         v = self._heads(values, self.num_kv_heads, None)
@@ -180,5 +180,5 @@ class Attention(nn.Module):
             past = cache.length
             k, v = cache.append(k, v)
         y = attend(q, k, v, past)
-        (out,) = linears(y.transpose(1, 2).flatten(-2), [self.output.weight])
+        (out,) = apply_linears(y.transpose(1, 2).flatten(-2), (self.output,))
         return out

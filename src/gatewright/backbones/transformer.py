@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
 from gatewright.backbones.norm import RMSNorm
 from gatewright.errors import UserError
-from gatewright.kernels import linears
+from gatewright.kernels import apply_linears
 from gatewright.parts import MoELayer, Router, Stats
 from gatewright.parts.draws import fold
 
@@ -58,14 +58,16 @@ class Block(nn.Module):
         capture: bool = False,
         key: Int64[Tensor, ""] | None = None,
         token_ids: Int64[Tensor, "B S"] | None = None,
+        with_stats: bool = True,
     ) -> tuple[Float[Tensor, "B S D"], Stats]:
-        """Return the block's output and the Stats of its router (empty for a dense block); `key` and
-        `token_ids` are what MoELayer takes.
+        """Return the block's output and the Stats of its router (empty for a dense block); `key`,
+        `token_ids` and `with_stats` are what MoELayer takes.
         """
         attended = self.attention(self.attention_norm(x), cos, sin, cache)
         x, normed = self.feed_forward_norm.after_adding(x, attended)
         if isinstance(self.feed_forward, MoELayer):
-            y, stats = self.feed_forward(normed, capture=capture, key=key, token_ids=token_ids)
+            more = {"key": key, "token_ids": token_ids, "with_stats": with_stats}
+            y, stats = self.feed_forward(normed, capture=capture, **more)
             return x + y, stats
         return x + self.feed_forward(normed), Stats()
 
@@ -157,9 +159,15 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         capture: bool = False,
         key: Int64[Tensor, ""] | None = None,
+        *,
+        with_stats: bool = True,
+        only_last: bool = False,
     ) -> DecoderOutput:
         """Return logits and Stats. With a cache, `tokens` continue it; with `capture`, Stats hold every
         token's way; `key` 0-d int64 fixes the routers' noise and coins in training (None: torch's generator).
+
+        For generation: without `with_stats` the Stats are empty, and with `only_last` the logits are those
+        after the last token, [B, 1, V].
         """
         start = cache.length if cache is not None else 0
         length = tokens.shape[1]
@@ -175,11 +183,11 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.layers):
             own_key = None if key is None else fold(key, i)
             own_cache = None if cache is None else cache.layers[i]
-            given = (x, cos, sin, own_cache, capture, own_key, tokens)
+            given = (x, cos, sin, own_cache, capture, own_key, tokens, with_stats)
             if self.recompute and cache is None and torch.is_grad_enabled():
                 x, own = checkpoint(block, *given, use_reentrant=False)
             else:
                 x, own = block(*given)
             stats = stats | own.under(f"layers.{i}")
-        (logits,) = linears(self.norm(x), [self.head.weight])
+        (logits,) = apply_linears(self.norm(x[:, -1:] if only_last else x), (self.head,))
         return DecoderOutput(logits, stats)

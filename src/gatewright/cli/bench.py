@@ -1,4 +1,4 @@
-"""`gatewright bench [layer|routers|step]`: what a layer, every router, or a training step costs here."""
+"""`gatewright bench [layer|decode|routers|step]`: what layers, decoding, routers and training steps cost."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from .run import Common, Outcome, command, fail, prepare_process
 # Word -> settings class and function, both of gatewright.measuring; the first is what no word means.
 KINDS = {
     "layer": ("BenchRun", "bench_layer"),
+    "decode": ("DecodeRun", "bench_decode"),
     "routers": ("RoutersRun", "bench_routers"),
     "step": ("StepRun", "bench_step"),
 }
 INTRO = (
     "layer, the default: one expert layer against dense layers and transformers.\n"
+    "decode: tokens one by one, and a prompt, by our decoder and by transformers.\n"
     "routers: every routing rule against plain token choice.\n"
     "step [PAPER]: a whole training step, sparse and dense, part by part."
 )

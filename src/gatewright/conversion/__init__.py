@@ -1,6 +1,14 @@
-"""Other libraries' models and this toolkit: its experts inside transformers."""
+"""Other libraries' models and this toolkit: its experts inside transformers, and experts in int8."""
 
 from gatewright.conversion.experts import experts_forward
 from gatewright.conversion.install import NOT_COVERED, Placed, register_experts, use_in_transformers
+from gatewright.conversion.quantise import quantise_experts
 
-__all__ = ["NOT_COVERED", "Placed", "experts_forward", "register_experts", "use_in_transformers"]
+__all__ = [
+    "NOT_COVERED",
+    "Placed",
+    "experts_forward",
+    "quantise_experts",
+    "register_experts",
+    "use_in_transformers",
+]

@@ -11,6 +11,8 @@ from gatewright.kernels.choose import (
 )
 from gatewright.kernels.cross_entropy import cross_entropy
 from gatewright.kernels.dense import dense_mlp
+from gatewright.kernels.few_rows import apply_linears, few_rows_linear
+from gatewright.kernels.int8 import dequantise, quantise
 from gatewright.kernels.linears import linears
 from gatewright.kernels.native.route import FusedRoute, TopK, fused_route
 from gatewright.kernels.norm import add_norm, rms_norm
@@ -26,17 +28,21 @@ __all__ = [
     "TopK",
     "activate",
     "add_norm",
+    "apply_linears",
     "attend",
     "check_activation",
     "choose_attention",
     "choose_backend",
     "cross_entropy",
     "dense_mlp",
+    "dequantise",
     "expert_mlp",
     "expert_mlp_sorted",
+    "few_rows_linear",
     "fused_route",
     "is_gated",
     "linears",
+    "quantise",
     "rank_rows",
     "ranks_fast",
     "rms_norm",

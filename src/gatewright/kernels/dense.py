@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from gatewright.kernels.activations import activate
+from gatewright.kernels.few_rows import few_rows_linear
 from gatewright.kernels.linears import multiplied_in, takes
 from gatewright.kernels.native.step import Mlp
 
@@ -34,7 +34,7 @@ def dense_mlp(
         rows = x.reshape(-1, x.shape[-1]).to(kind).contiguous()
         out: Tensor = Mlp.apply(rows, *laid, activation)
         return out.view(x.shape)
-    return F.linear(activate(activation, F.linear(x, w_in, b_in)), w_down, b_down)
+    return few_rows_linear(activate(activation, few_rows_linear(x, w_in, b_in)), w_down, b_down)
 
 
 def fits(width: int, ffn_width: int, kind: torch.dtype) -> bool:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64, Num
 from torch import Tensor
+
+from gatewright.kernels.int8 import dequantise
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,25 @@ class ExpertWeights:
     """Stacked weights of E experts, with or without biases.
 
     `w_in` is `w_gate_up` [E, 2F, D] (gate rows first) for gated activations, else `w_up` [E, F, D]; `w_down`
-    is [E, D, F]; `b_in` [E, 2F or F] and `b_down` [E, D] are added to what the two give.
+    is [E, D, F]; `b_in` [E, 2F or F] and `b_down` [E, D] are added to what the two give. int8 matrices have
+    `scale_in` [E, 2F or F] and `scale_down` [E, D], what their rows are multiplied with, and fp32 biases.
     """
 
-    w_in: Float[Tensor, "E H D"]
-    w_down: Float[Tensor, "E D F"]
+    w_in: Num[Tensor, "E H D"]
+    w_down: Num[Tensor, "E D F"]
     activation: str
     b_in: Float[Tensor, "E H"] | None = None
     b_down: Float[Tensor, "E D"] | None = None
+    scale_in: Float32[Tensor, "E H"] | None = None
+    scale_down: Float32[Tensor, "E D"] | None = None
 
     def in_dtype(self, dtype: torch.dtype) -> ExpertWeights:
-        """Return the same weights in another dtype, with their gradients."""
+        """Return the same weights in another dtype, with their gradients; int8 ones multiplied out."""
         b_in = None if self.b_in is None else self.b_in.to(dtype)
         b_down = None if self.b_down is None else self.b_down.to(dtype)
-        return ExpertWeights(self.w_in.to(dtype), self.w_down.to(dtype), self.activation, b_in, b_down)
+        if self.scale_in is None or self.scale_down is None:
+            w_in, w_down = self.w_in.to(dtype), self.w_down.to(dtype)
+        else:
+            w_in = dequantise(self.w_in, self.scale_in, dtype)
+            w_down = dequantise(self.w_down, self.scale_down, dtype)
+        return ExpertWeights(w_in, w_down, self.activation, b_in, b_down)

@@ -1,5 +1,7 @@
-"""Measuring: what a layer, a router and a whole training step cost here, sides alternating."""
+"""Measuring: what layers, routers, training steps and decoded tokens cost here, sides alternating."""
 
+from .decode import bench_decode
+from .decode_run import DecodeResult, DecodeRun
 from .grid import GRID, QUICK, Shape
 from .layer import bench_layer
 from .result import BenchResult
@@ -13,10 +15,13 @@ __all__ = [
     "QUICK",
     "BenchResult",
     "BenchRun",
+    "DecodeResult",
+    "DecodeRun",
     "RoutersRun",
     "Shape",
     "StepMemory",
     "StepRun",
+    "bench_decode",
     "bench_layer",
     "bench_routers",
     "bench_step",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ def settings_of(run: BenchRun, warm_ups: int) -> dict[str, Any]:
     }
 
 
-def code_version(package: Path) -> str:
-    """Return a digest of the files that a layer's time depends on."""
+def code_version(package: Path, rooms: Sequence[str] = CODE) -> str:
+    """Return a digest of the files that a time depends on, a layer's unless other rooms are named."""
     digest = hashlib.sha256()
-    for path in sorted(path for room in CODE for path in (package / room).rglob("*")):
+    for path in sorted(path for room in rooms for path in (package / room).rglob("*")):
         if path.suffix in (".py", ".cpp", ".h"):
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -56,7 +56,7 @@ def place_of(cell: Cell) -> Place:
     return cell.shape.name, cell.dtype, cell.kind
 
 
-def held_rows(path: Path, digest: str) -> dict[Place, Row]:
+def held_rows(path: Path, digest: str, kind: str = "layer") -> dict[Place, Row]:
     """Return the rows of an earlier result that have the same settings and were not refused.
 
     Raises: RunFailure if the file is no such result.
@@ -72,7 +72,7 @@ def held_rows(path: Path, digest: str) -> dict[Place, Row]:
         }
     except (ValueError, KeyError, TypeError):
         raise RunFailure(
-            f"{path} is no result of `gatewright bench layer`; leave --resume out to replace it, or give "
+            f"{path} is no result of `gatewright bench {kind}`; leave --resume out to replace it, or give "
             "another --out"
         ) from None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gatewright.kernels import few_rows_linear, native
 from gatewright.measuring.grid import DTYPES, Dtype, Pass, Shape, expert_flops, router_flops, weight_bytes
 from gatewright.measuring.rounds import Clock, Middle, middle
 
@@ -16,6 +17,8 @@ SIZES = (512, 1024, 2048)
 # A matmul that takes longer than this is large enough: the next size is left out.
 LONG_CALL = 0.05
 COPIED_BYTES = 128 << 20  # several times the caches of a desktop's processor
+READ_BYTES = 256 << 20
+_ROW = 2048
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,26 @@ def measure_machine(dtypes: Sequence[str], rounds: int, clock: Clock = time.perf
     target = torch.empty_like(source)
     copies = [_seconds(lambda: target.copy_(source), clock) for _ in range(rounds + 2)][2:]
     return Machine(flops, middle([2 * COPIED_BYTES / taken for taken in copies]))
+
+
+class Reader:
+    """Reads a buffer far larger than the caches once per call, with the threads that this process has; by
+    whichever of two ways is faster here: torch's sum, or, where the native kernels run, dot products.
+    """
+
+    def __init__(self, size: int = READ_BYTES, clock: Clock = time.perf_counter) -> None:
+        self.rows = torch.ones(size // 4 // _ROW, _ROW)
+        self.bytes = self.rows.numel() * 4
+        ways = [self._sum, self._dots] if native.is_ready() else [self._sum]
+        taken = {way: min(_seconds(way, clock) for _ in range(4)) for way in ways}
+        self.call = min(taken, key=lambda way: taken[way])
+
+    def _sum(self) -> None:
+        self.rows.sum()
+
+    def _dots(self) -> None:
+        with torch.no_grad():
+            few_rows_linear(self.rows[:1], self.rows)
 
 
 def _matmul_rate(dtype: torch.dtype, rounds: int, clock: Clock) -> Middle:

@@ -8,6 +8,7 @@ from gatewright.parts.device_losses import communication_loss, device_loss
 from gatewright.parts.dispatch import count_assignments, make_plan
 from gatewright.parts.experts import MLP, Experts
 from gatewright.parts.free_experts import FreeExperts
+from gatewright.parts.int8_experts import Int8Experts
 from gatewright.parts.layer import MoELayer
 from gatewright.parts.losses import LOSSES
 from gatewright.parts.nested_experts import ModuleExperts
@@ -53,6 +54,7 @@ __all__ = [
     "FreeExperts",
     "GatedShared",
     "InputJitter",
+    "Int8Experts",
     "LogitNoise",
     "MoELayer",
     "ModuleExperts",

@@ -115,12 +115,14 @@ class MoELayer(nn.Module):
         *,
         key: Int64[Tensor, ""] | None = None,
         token_ids: Tensor | None = None,
+        with_stats: bool = True,
     ) -> tuple[Float[Tensor, "*batch D"], Stats]:
         """Return (y, Stats). `mask` [...] bool: False = padding, which takes no capacity, enters no
         statistic and gets 0.
 
         Args: `key` 0-d int64 fixes all noise and coins of this call (None draws one from torch's own
-        generator, in training only); `token_ids` [...] int64 are what hash rules look at.
+        generator, in training only); `token_ids` [...] int64 are what hash rules look at; without
+        `with_stats` Stats are empty, which spares a decoder of one token at a time their sums.
         """
         flat, call = self._call(x, mask, key, token_ids)
         routed = self.router.route(flat, call)
@@ -132,6 +134,8 @@ class MoELayer(nn.Module):
             own = self.shared(flat)
             # With biases, padding would not give 0.
             y = y + (own if call.mask is None else torch.where(call.mask.unsqueeze(-1), own, 0))
+        if not with_stats:
+            return y.reshape(x.shape), Stats()
         record = record_call(routed, plan, call.mask, call.stats_size, capture, sent)
         return y.reshape(x.shape), Stats({"router": record}) | inner
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gatewright.errors import UserError
 from gatewright.kernels import everyone, grouped, native
 from gatewright.kernels.everyone import is_everyone
+from gatewright.kernels.native.few import experts_few, takes_few
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 
 # Weights may stay in fp32 beside bf16 rows: they are narrowed on the way into the caches.
@@ -27,17 +28,22 @@ def expert_mlp(
 ) -> Float[Tensor, "T D"]:
     """Return y [T, D] as `reference.expert_mlp` does. Once differentiable.
 
-    Args: weights of x's dtype or fp32. Other dtypes than fp32 and bf16, and other devices than the CPU, go
-    the way of `grouped`.
+    Up to 8 tokens without gradient, as in decoding, go through dot products (`few`).
+    Args: weights of x's dtype, fp32 or int8. Other dtypes than fp32 and bf16, and other devices than the CPU,
+    go the way of `grouped`.
     Raises: UserError where the kernels cannot be built.
     """
     if x.dtype not in DTYPES or x.device.type != "cpu":
         return grouped.expert_mlp(x, plan, combine_weights, weights.in_dtype(x.dtype), hidden_scale)
     if not native.is_ready():
         raise UserError(f"backend 'native' does not run here: {native.status().reason}")
-    if hidden_scale is None and is_everyone(plan):
-        return everyone.expert_mlp(x, plan, combine_weights, weights.in_dtype(x.dtype))
     w = weights
+    if hidden_scale is None and takes_few(x.shape[0], x, combine_weights, w.w_in, w.w_down, w.b_in, w.b_down):
+        return experts_few(x, plan, combine_weights, w)
+    if w.scale_in is not None:
+        w = w.in_dtype(x.dtype)
+    if hidden_scale is None and is_everyone(plan):
+        return everyone.expert_mlp(x, plan, combine_weights, w.in_dtype(x.dtype))
     tensors = (x, combine_weights.float(), w.w_in, w.w_down, w.b_in, w.b_down, hidden_scale)
     laid = [None if one is None else one.contiguous() for one in tensors]
     keep = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)

@@ -25,7 +25,7 @@ void check_indices(const at::Tensor& values, int64_t size, int64_t least, int64_
 
 }  // namespace
 
-Sizes check(const Inputs& in, bool gated) {
+Sizes check(const Inputs& in, bool gated, bool quantised) {
   TORCH_CHECK_VALUE(in.x.dim() == 2 && in.slots.dim() == 2 && in.w_in.dim() == 3 && in.token_ids.dim() == 1,
                     "x [T, D], slots [T, K], w_in [E, H, D] and token_ids [M] have 2, 2, 3 and 1 axes");
   Sizes s{in.x.size(0), in.x.size(1), in.w_in.size(1), 0, in.w_in.size(0), in.slots.size(1), 0};
@@ -42,9 +42,11 @@ Sizes check(const Inputs& in, bool gated) {
   if (in.hidden_scale) check_shape(*in.hidden_scale, {in.token_ids.size(0), s.F}, "hidden_scale");
   const auto kind = in.x.scalar_type(), kept = in.w_in.scalar_type();
   TORCH_CHECK_VALUE(kind == at::kFloat || kind == at::kBFloat16, "x is ", kind, "; allowed: float32, bfloat16");
-  TORCH_CHECK_VALUE(kept == at::kFloat || kept == kind, "w_in is ", kept, " for x ", kind, "; allowed: float32 or ", kind);
-  TORCH_CHECK_VALUE(in.w_down.scalar_type() == kept && (!in.b_in || in.b_in->scalar_type() == kept) &&
-                        (!in.b_down || in.b_down->scalar_type() == kept),
+  const auto biases = kept == at::kChar ? at::kFloat : kept;
+  TORCH_CHECK_VALUE(kept == at::kFloat || kept == kind || (quantised && kept == at::kChar), "w_in is ", kept, " for x ",
+                    kind, "; allowed: float32 or ", kind, quantised ? ", or int8" : "");
+  TORCH_CHECK_VALUE(in.w_down.scalar_type() == kept && (!in.b_in || in.b_in->scalar_type() == biases) &&
+                        (!in.b_down || in.b_down->scalar_type() == biases),
                     "weights and biases have different dtypes");
   TORCH_CHECK_VALUE(in.combine_weights.scalar_type() == at::kFloat, "combine_weights are not float32");
   TORCH_CHECK_VALUE(!in.hidden_scale || in.hidden_scale->scalar_type() == kind, "hidden_scale is not of x's dtype");
@@ -56,6 +58,17 @@ Sizes check(const Inputs& in, bool gated) {
   check_indices(in.token_ids, s.M, 0, std::max<int64_t>(s.T, 1), "token_ids");
   check_indices(in.slots, s.T * s.K, -1, s.M, "slots");
   return s;
+}
+
+void check_scales(const Inputs& in, const Maybe& scale_in, const Maybe& scale_down, const Sizes& s) {
+  const bool quantised = in.w_in.scalar_type() == at::kChar;
+  TORCH_CHECK_VALUE(scale_in.has_value() == quantised && scale_down.has_value() == quantised,
+                    "scales belong to int8 weights, one for either matrix");
+  if (!quantised) return;
+  check_shape(*scale_in, {s.E, s.H}, "scale_in");
+  check_shape(*scale_down, {s.E, s.D}, "scale_down");
+  TORCH_CHECK_VALUE(scale_in->scalar_type() == at::kFloat && scale_down->scalar_type() == at::kFloat,
+                    "scales are not float32");
 }
 
 std::vector<Task> tasks_of(const at::Tensor& counts, int64_t most) {

@@ -33,7 +33,13 @@ struct Sizes {
 };
 
 // Raises where shapes, dtypes or indices do not fit; after it, no pointer below leaves its tensor.
-Sizes check(const Inputs& inputs, bool gated);
+// `quantised`: int8 weights are taken, too.
+Sizes check(const Inputs& inputs, bool gated, bool quantised = false);
+
+using Maybe = std::optional<at::Tensor>;
+
+// Raises unless int8 weights, and they alone, have an fp32 scale for each of their rows.
+void check_scales(const Inputs& inputs, const Maybe& scale_in, const Maybe& scale_down, const Sizes& sizes);
 
 // Gradients of a call's tensors; undefined where not asked for.
 struct Gradients {

@@ -32,6 +32,23 @@ void run_tasks(int64_t tasks, int threads, const Body& body) {
   }
 }
 
+// Calls first(task) for each task of the first kind and then, when all of them are done, second(task).
+template <class First, class Second>
+void run_two(int64_t firsts, int64_t seconds, int threads, const First& first, const Second& second) {
+  if (threads <= 1) {
+    for (int64_t task = 0; task < firsts; ++task) first(task);
+    for (int64_t task = 0; task < seconds; ++task) second(task);
+    return;
+  }
+  std::atomic<int64_t> next{0}, then{0};
+#pragma omp parallel num_threads(threads)
+  {
+    for (int64_t task = next.fetch_add(1); task < firsts; task = next.fetch_add(1)) first(task);
+#pragma omp barrier
+    for (int64_t task = then.fetch_add(1); task < seconds; task = then.fetch_add(1)) second(task);
+  }
+}
+
 // Calls body(begin, end) over 0..size in pieces of `grain`.
 template <class Body>
 void run_range(int64_t size, int64_t grain, const Body& body) {
