@@ -24,7 +24,7 @@ def row_record(
     seconds of a shape.
     """
     theirs = [name for name in TRANSFORMERS if name in seconds]
-    ours, dense = seconds[OURS], best_of_rounds(seconds, DENSE)
+    ours, dense = seconds[OURS], best_of_rounds(seconds, [name for name in DENSE if name in seconds])
     best = best_of_rounds(seconds, theirs) if theirs else None
     roof = roofline(cell.shape)
     ratios: dict[str, Middle | None] = {

@@ -1,4 +1,4 @@
-"""The sides of a row: our layer, transformers' layers, and two dense layers of equal active FLOPs."""
+"""The sides of a row: our layer, transformers' layers, and dense layers of equal active FLOPs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatewright.kernels import DispatchPlan, ExpertWeights, expert_mlp
+from gatewright.kernels import DispatchPlan, ExpertWeights, activate, expert_mlp
 from gatewright.measuring.grid import DTYPES, Cell, Pass, Shape, dense_width
 from gatewright.measuring.rivals import IMPLEMENTATIONS, TransformersLayer, switch_balance
 from gatewright.measuring.rounds import Turn
 from gatewright.parts import MLP, MoELayer, Stats, balance_loss
 
 OURS, FEW, LINEAR, KERNEL = "ours", "ours_fewest_experts", "dense_linear", "dense_kernel"
-DENSE = (LINEAR, KERNEL)
+LAYER = "dense_layer"
+DENSE = (LINEAR, KERNEL, LAYER)
 TRANSFORMERS = tuple(f"transformers_{name}" for name in IMPLEMENTATIONS)
 COEFFICIENT = 0.01  # of the balance loss, for every sparse side
 
@@ -67,7 +69,8 @@ def build_sides(cell: Cell, backend: str | None, names: Sequence[str]) -> dict[s
     makers: dict[str, Callable[[], Side]] = {
         OURS: lambda: _ours(ours),
         FEW: lambda: _ours(our_layer(cell.few or shape, backend).to(dtype)),
-        LINEAR: lambda: Side(lambda x: (dense(x), None), None, tuple(dense.parameters())),
+        LINEAR: lambda: Side(partial(_by_linear, dense), None, tuple(dense.parameters())),
+        LAYER: lambda: Side(lambda x: (dense(x), None), None, tuple(dense.parameters())),
         KERNEL: lambda: dense_by_kernel(dense, shape.tokens, backend),
     }
     for side, implementation in zip(TRANSFORMERS, IMPLEMENTATIONS, strict=True):
@@ -80,6 +83,11 @@ def our_layer(shape: Shape, backend: str | None) -> MoELayer:
     weights: Any = "raw" if shape.num_selected == 1 else "renormalised"
     _, width, expert_width, num_experts, num_selected = shape
     return MoELayer(width, num_experts, num_selected, expert_width, weights=weights, backend=backend)
+
+
+def _by_linear(dense: MLP, x: Tensor) -> tuple[Tensor, None]:
+    """Return the dense layer's output as torch alone computes it."""
+    return F.linear(activate(dense.activation, F.linear(x, dense.w_in)), dense.w_down), None
 
 
 def _ours(layer: MoELayer) -> Side:
