@@ -96,7 +96,8 @@ def test_tables_are_no_state():
     assert set(model.state_dict()) == names
     assert not list(model.buffers())
     model(tokens).logits.sum().backward()  # tables made in inference mode would be refused here
-    assert torch.equal(copy.deepcopy(model)(tokens).logits, expected)
+    # Few tokens without gradient are multiplied in another order.
+    torch.testing.assert_close(copy.deepcopy(model)(tokens).logits, expected)
     assert model.to("meta")(tokens.to("meta")).logits.device.type == "meta"
 
 

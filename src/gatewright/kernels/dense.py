@@ -28,8 +28,8 @@ def dense_mlp(
     """
     kind = multiplied_in(x)
     given = [one for one in (w_in, w_down, b_in, b_down) if one is not None]
-    enough = x.numel() >= _LEAST_TOKENS * x.shape[-1]
-    if enough and fits(w_down.shape[0], w_down.shape[1], kind) and takes(kind, x, given):
+    pays = fits(w_down.shape[0], w_down.shape[1], kind) and takes(kind, x, given)
+    if pays and x.numel() >= _LEAST_TOKENS * x.shape[-1]:
         laid = [None if one is None else one.contiguous() for one in (w_in, w_down, b_in, b_down)]
         rows = x.reshape(-1, x.shape[-1]).to(kind).contiguous()
         out: Tensor = Mlp.apply(rows, *laid, activation)

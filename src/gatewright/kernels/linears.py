@@ -44,7 +44,8 @@ def linears(
 ) -> tuple[Float[Tensor, "*batch _"], ...]:
     """Return x W^T for each weight W [N, D], in autocast's dtype where it is on."""
     kind = multiplied_in(x)
-    if _pays(x, weights, kind) and takes(kind, x, weights):
+    # What is compiled or exported may not be held to sizes by a question: that comes second.
+    if takes(kind, x, weights) and _pays(x, weights, kind):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         outs = Maps.apply(rows, kind == torch.bfloat16, *(weight.contiguous() for weight in weights))
         return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)

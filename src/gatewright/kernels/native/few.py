@@ -17,7 +17,7 @@ MOST_TOKENS = 8
 
 def takes_few(num_tokens: int, *tensors: Tensor | None) -> bool:
     """Return whether a call is one of these: 1 to MOST_TOKENS tokens, and nobody asks for a gradient."""
-    if not 0 < num_tokens <= MOST_TOKENS:
+    if torch.compiler.is_compiling() or not 0 < num_tokens <= MOST_TOKENS:
         return False
     return not torch.is_grad_enabled() or not any(one is not None and one.requires_grad for one in tensors)
 
@@ -53,11 +53,12 @@ def few_rows_maps(
     """Return x W^T for each W [N, D], in x's dtype; None where a call is not one of these: more tokens, a
     gradient that is asked for, autocast, weights that are not of x's dtype.
     """
+    # First of all: what is compiled or exported may not be held to a number of tokens by a question.
+    if not native.runs_for(x) or torch.is_autocast_enabled("cpu"):
+        return None
     width = x.shape[-1]
     num_tokens = x.numel() // width if width else 0
     if not 0 < num_tokens <= MOST_TOKENS or not takes_few(num_tokens, x, *weights):
-        return None
-    if torch.is_autocast_enabled("cpu") or not native.runs_for(x):
         return None
     laid = []
     for one in weights:
