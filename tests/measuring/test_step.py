@@ -65,7 +65,7 @@ def test_a_moment_belongs_to_its_innermost_label_and_a_node_to_its_maker():
         event("autograd::engine::evaluate_function: ViewBackward0", 660, 670, step, number=8, scope=1),
         event("autograd::engine::evaluate_function: AccumulateGrad", 670, 690, step),
     ]
-    inner = event("aten::mm", 610, 650, back[0], number=9)
+    inner = event("MapsBackward", 605, 655, back[0], number=9)
     times = sum_parts([step, attention, query, mm, soft, view, head, inside, *back, inner], steps=2)
     micro = {part: {way: round(2e6 * own[way], 3) for way in own} for part, own in times.items()}
     assert micro["projections"] == {"forward": 100, "backward": 60}

@@ -23,7 +23,7 @@ PARTS = (
     *("dense_ffn", "head", "loss", "optimizer", "rest"),
 )
 # Linear maps are a part of their own inside an attention module, and the head where no module is.
-LINEAR = ("aten::linear", "gatewright::maps", "Maps")
+LINEAR = {"aten::linear", "Maps", "gatewright::maps_forward", "gatewright::few_rows_maps"}
 MAPPED = {"attention": "projections", "rest": "head"}
 Times = dict[str, dict[str, float]]
 
@@ -119,7 +119,7 @@ def sum_parts(events: Iterable[Any], steps: int) -> Times:
 def is_map(event: Any) -> bool:
     """Say whether an event is a linear map that is a part of its own."""
     above = event.cpu_parent
-    return event.name.startswith(LINEAR) and above is not None and place_of(above) in MAPPED
+    return event.name in LINEAR and above is not None and place_of(above) in MAPPED
 
 
 def place_of(event: Any) -> str:
@@ -129,6 +129,6 @@ def place_of(event: Any) -> str:
         if event.name.startswith(MARK):
             part: str = event.name.removeprefix(MARK)
             return MAPPED.get(part, part) if mapped else part
-        mapped = mapped or event.name.startswith(LINEAR)
+        mapped = mapped or event.name in LINEAR
         event = event.cpu_parent
     return "rest"
