@@ -1,7 +1,7 @@
 """The vowels that the mixture of 1991 was tried on: first and second formants of i, I, a and ^, as measured.
 
-Peterson, G. E. and Barney, H. L. (1952), Control methods used in a study of the vowels, Journal of the Acoustical
-Society of America 24, 175-184: 76 speakers (33 men, 28 women, 15 children) said each word twice.
+Peterson, G. E. and Barney, H. L. (1952), Control methods used in a study of the vowels, Journal of the
+Acoustical Society of America 24, 175-184: 76 speakers (33 men, 28 women, 15 children), each word twice.
 """
 
 from __future__ import annotations
