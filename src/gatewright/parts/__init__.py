@@ -9,6 +9,7 @@ from gatewright.parts.dispatch import count_assignments, make_plan
 from gatewright.parts.experts import MLP, Experts
 from gatewright.parts.free_experts import FreeExperts
 from gatewright.parts.layer import MoELayer
+from gatewright.parts.linear_experts import LinearExperts
 from gatewright.parts.losses import LOSSES
 from gatewright.parts.nested_experts import ModuleExperts
 from gatewright.parts.noise import InputJitter, LogitNoise, SoftplusNoise, load_estimate
@@ -53,6 +54,7 @@ __all__ = [
     "FreeExperts",
     "GatedShared",
     "InputJitter",
+    "LinearExperts",
     "LogitNoise",
     "MoELayer",
     "ModuleExperts",

@@ -16,7 +16,7 @@ from gatewright.backbones import Cost, Decoder, count_cost, on_no_memory
 from gatewright.data import Corpus
 from gatewright.errors import Diverged, UserError
 from gatewright.evaluation import Bits, bits_per_byte, take_bytes
-from gatewright.papers.registry import get_paper
+from gatewright.papers.registry import get_text_paper
 from gatewright.parts import Stats
 from gatewright.parts.draws import fold
 from gatewright.parts.running import RunningCounts
@@ -35,7 +35,7 @@ class Trainer:
     def __init__(self, run: TrainRun, corpus: Corpus, name: str = "model") -> None:
         self.run, self.corpus, self.name = run, corpus, name
         self.device = resolve_device(run.device)
-        paper = get_paper(run.paper)
+        paper = get_text_paper(run.paper)
         settings = paper.Settings() if run.model is None else run.model
         self.settings = dataclasses.replace(settings, vocab_size=corpus.tokenizer.vocab_size)
         self.context: int = self.settings.context
@@ -251,7 +251,7 @@ class Trainer:
 
 def check_settings(run: TrainRun) -> None:
     """Raise UserError for settings that no text can make work; needs no memory and no corpus."""
-    paper = get_paper(run.paper)
+    paper = get_text_paper(run.paper)
     settings = paper.Settings() if run.model is None else run.model
     require_finite(settings)
     resolve_device(run.device)
@@ -263,7 +263,7 @@ def check_settings(run: TrainRun) -> None:
 
 def check_text(run: TrainRun, corpus: Corpus) -> None:
     """Raise UserError if the corpus is too small for one sequence of the run."""
-    context = (get_paper(run.paper).Settings() if run.model is None else run.model).context
+    context = (get_text_paper(run.paper).Settings() if run.model is None else run.model).context
     corpus.stream(1, context, fraction=run.data_fraction)
 
 
