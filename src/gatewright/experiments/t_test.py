@@ -34,7 +34,7 @@ def t_test(one: Sequence[float], two: Sequence[float]) -> TTest | None:
 def upper_tail(t: float, degrees: int) -> float:
     """Return P(T > t) of Student's distribution; below about 1e-15 it is 0.
 
-    Equation: the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4, with theta = atan(t / sqrt(degrees)).
+    Equation: the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4; theta = atan(t / sqrt(degrees)).
     """
     theta = math.atan2(abs(t), math.sqrt(degrees))
     cos_squared = math.cos(theta) ** 2
