@@ -13,6 +13,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from gatewright.backbones import MixtureOutput
 from gatewright.objectives import CaseError
 
+# Shown before each update: the epoch, which runs still go on [R'], and their weights [R', ...].
+Watch = Callable[[int, Tensor, Mapping[str, Tensor]], None]
 # How often runs that are done are taken out of the program.
 _TIDY = 50
 
@@ -49,6 +51,7 @@ def descend(
     *,
     limit: int,
     reached: float,
+    watch: Watch | None = None,
 ) -> Descent:
     """Return the runs of models that differ in their weights alone, with a step size each.
 
@@ -68,6 +71,8 @@ def descend(
         return objective(output, targets).total, (targets - output.blend).square().sum(-1).mean()
 
     for epoch in range(limit + 1):
+        if watch is not None:
+            watch(epoch, live, weights)
         totals, squared = vmap(error)(weights)
         going = epochs[live] < 0
         done = going & ((squared.detach() <= reached) | (epoch == limit))
