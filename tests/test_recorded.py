@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gatewright.experiments import RaceRun, balance, lab, local_table1, rules_compared
+from gatewright.experiments import RaceRun, balance, lab, local_figures, local_table1, rules_compared
 from gatewright.experiments.quickstart import PLANS
 from gatewright.experiments.sweep import best_rate
 from gatewright.experiments.vowel_runs import best_rate as best_rate_of_runs
@@ -120,4 +120,17 @@ def test_table_1_of_1991_is_recorded_in_full_and_its_verdict_follows() -> None:
     assert record["verdict"]["sentence"] in (ROOT / "local_experts-table1.md").read_text(encoding="utf-8")
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     assert set(expected["local_experts"]["table1"]) == {"metric", "sign", "least_effect"}
+    assert not record["quick"]
+
+
+@pytest.mark.parametrize(("name", "plan"), [("figure2", 4), ("figure3", 8)])
+def test_the_figures_of_1991_are_recorded_and_their_verdicts_follow(name: str, plan: int) -> None:
+    record = read(f"local_experts-{name}")
+    assert record["plan"] == json.loads(json.dumps(dataclasses.asdict(local_figures.Figure(plan))))
+    assert [run["seed"] for run in record["runs"]] == record["plan"]["seeds"]
+    assert local_figures.verdict(record, paths=name == "figure3") == record["verdict"]
+    page = (ROOT / f"local_experts-{name}.md").read_text(encoding="utf-8")
+    assert record["verdict"]["sentence"] in page
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected["local_experts"][name]) == {"metric", "sign", "least_effect"}
     assert not record["quick"]

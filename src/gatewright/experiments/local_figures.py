@@ -88,6 +88,8 @@ def run_figure(plan: Figure) -> Record:
     pairs = {name: torch.isin(vowel, torch.tensor(pair)) for name, pair in PAIRS.items()}
     alone = {name: _alone(plan, (cases[0][own], cases[1][own])) for name, own in pairs.items()}
     runs = [_run(plan, place, done, seen[place], cases, pairs) for place in range(len(plan.seeds))]
+    for run in runs[1:]:
+        del run["feet"]  # only the first is drawn
     return {"schema": "gatewright.lines.v1", "plan": asdict(plan), "alone": alone, "runs": runs}
 
 
