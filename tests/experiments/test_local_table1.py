@@ -126,7 +126,7 @@ def test_what_is_right_and_who_is_left_is_counted_by_run():
     both = MixtureOutput(*(torch.stack(parts) for parts in zip(*answers, strict=True)))
     done = SimpleNamespace(answer=lambda _: both)
     assert vowel_runs._survivors(done, vowels.formants) == [1, 2]
-    assert vowel_runs._percent_right(done, READINGS["A"].cases(vowels)) == [100, 50]
+    assert vowel_runs.percents_right(done, READINGS["A"].cases(vowels)) == [100, 50]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +52,12 @@ def descend(
     limit: int,
     reached: float,
     watch: Watch | None = None,
+    frozen: Collection[str] = (),
 ) -> Descent:
     """Return the runs of models that differ in their weights alone, with a step size each.
 
     Update: w <- w - rate * (gradient of the error summed over all cases). A run ends once the mean over
-    cases of |d - blend|^2 is at most `reached`, or after `limit` updates.
+    cases of |d - blend|^2 is at most `reached`, or after `limit` updates. Weights named in `frozen` stay.
     """
     x, targets = cases
     model = copy.deepcopy(models[0]).requires_grad_(False)
@@ -86,8 +87,9 @@ def descend(
             break
         gradients = torch.autograd.grad(totals.sum(), list(weights.values()))
         with torch.no_grad():
-            for own, gradient in zip(weights.values(), gradients, strict=True):
-                own.sub_(step[live].view(-1, *(1,) * (own.dim() - 1)) * gradient)
+            for (name, own), gradient in zip(weights.items(), gradients, strict=True):
+                if name not in frozen:
+                    own.sub_(step[live].view(-1, *(1,) * (own.dim() - 1)) * gradient)
         if epoch % _TIDY == 0 and not bool(going.all()):
             live = live[going]
             weights = {name: own.detach()[going].requires_grad_() for name, own in weights.items()}

@@ -72,14 +72,14 @@ def run_batch(
         "rates": list(rates),
         "epochs": [None if epochs < 0 else epochs for epochs in done.epochs.tolist()],
         "squared_error": done.squared_error.tolist(),
-        "train_percent": _percent_right(done, train),
-        "test_percent": _percent_right(done, test),
+        "train_percent": percents_right(done, train),
+        "test_percent": percents_right(done, test),
         "survivors": _survivors(done, train[0]),
         "cpu_seconds": process_time() - started,
     }
 
 
-def _percent_right(done: Descent, cases: tuple[Tensor, Tensor]) -> list[float]:
+def percents_right(done: Descent, cases: tuple[Tensor, Tensor]) -> list[float]:
     """Return each run's share of cases whose blend is right: above 1/2, or the largest of the classes."""
     x, targets = cases
     blend = done.answer(x).blend
