@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from gatewright.experiments import RaceRun, balance, lab, local_figures, local_table1, rules_compared
+from gatewright.experiments import (
+    RaceRun,
+    balance,
+    lab,
+    local_ensemble,
+    local_figures,
+    local_table1,
+    rules_compared,
+)
 from gatewright.experiments.quickstart import PLANS
 from gatewright.experiments.sweep import best_rate
 from gatewright.experiments.vowel_runs import best_rate as best_rate_of_runs
@@ -133,4 +141,20 @@ def test_the_figures_of_1991_are_recorded_and_their_verdicts_follow(name: str, p
     assert record["verdict"]["sentence"] in page
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     assert set(expected["local_experts"][name]) == {"metric", "sign", "least_effect"}
+    assert not record["quick"]
+
+
+def test_the_ensembles_are_recorded_and_their_verdict_follows() -> None:
+    record = read("local_experts-ensemble")
+    assert record["plan"] == dataclasses.asdict(local_ensemble.PLAN)
+    assert list(record["systems"]) == list(local_ensemble.ARMS)
+    for name, arm in local_ensemble.ARMS.items():
+        own = json.loads(json.dumps(dataclasses.asdict(arm)))
+        assert {key: record["systems"][name][key] for key in own} == own
+        assert len(record["systems"][name]["test_error"]) == local_ensemble.PLAN.seeds
+    assert local_ensemble.verdict(record) == record["verdict"]
+    page = (ROOT / "local_experts-ensemble.md").read_text(encoding="utf-8")
+    assert record["verdict"]["sentence"] in page
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected["local_experts"]["ensemble"]) == {"metric", "sign", "least_effect"}
     assert not record["quick"]
