@@ -42,6 +42,8 @@ def block(name: str, root: Path) -> str:
         return routers_block(record, path.name)
     if str(record.get("schema", "")).startswith("gatewright.bench.step."):
         return step_block(record, path.name)
+    if str(record.get("schema", "")).startswith("gatewright.table1."):
+        return table1_block(record, path.name)
     if "arms" in record:
         return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.
@@ -85,6 +87,34 @@ def arms_block(record: Mapping[str, Any], source: str) -> str:
         ahead = "" if arm["causal"] else " (looks ahead)"
         time = f"{arm['step_time']['median']:.2f}"
         lines.append(f"| {name}{ahead} | {bits} | {worst} | {lost} | {time} |")
+    place = record["environment"]
+    lines += [
+        "",
+        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
+        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
+        f"taken from `reproductions/{source}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table1_block(record: Mapping[str, Any], source: str) -> str:
+    """Return table 1 of 1991 as a sentence, a row per reading and system, and where it was measured."""
+    lines = [f"The expectation {record['verdict']['sentence']}".rstrip(".") + ".", ""]
+    lines += ["| reading | system | step size | epochs, mean and SD | train % | test % | runs that end |"]
+    lines += ["|---|---|--:|--:|--:|--:|--:|"]
+    for name, reading in record["readings"].items():
+        for size, own in reading["systems"].items():
+            if own["rate"] is None:
+                lines.append(f"| {name} | {size} | none | - | - | - | - |")
+                continue
+            got, runs = own["summary"], len(own["runs"]["epochs"])
+            epochs = " ± ".join(
+                "-" if got[key] is None else f"{got[key]:.0f}" for key in ("epochs_mean", "epochs_sd")
+            )
+            lines.append(
+                f"| {name} | {size} | {own['rate']:g} | {epochs} | {got['train_percent']:.1f} "
+                f"| {got['test_percent']:.1f} | {got['reached']} of {runs} |"
+            )
     place = record["environment"]
     lines += [
         "",

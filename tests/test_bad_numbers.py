@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from gatewright.cli import main
-from gatewright.papers import get_paper, wired_papers
+from gatewright.papers import get_paper, text_papers
 from gatewright.training import TrainRun, loop
 
 PREFIX = "gatewright: error: "
@@ -47,7 +47,7 @@ UNUSED = {"ffn_width"}
 
 
 @pytest.mark.usefixtures("only_settings")
-@pytest.mark.parametrize("paper", wired_papers())
+@pytest.mark.parametrize("paper", text_papers())
 def test_every_number_is_checked(paper: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     given = 0
     out = ["--out", str(tmp_path / "out"), "--data", "unread"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import tomllib
@@ -10,9 +11,18 @@ from typing import Any
 
 import pytest
 
-from gatewright.experiments import RaceRun, balance, lab, rules_compared
+from gatewright.experiments import (
+    RaceRun,
+    balance,
+    lab,
+    local_ensemble,
+    local_figures,
+    local_table1,
+    rules_compared,
+)
 from gatewright.experiments.quickstart import PLANS
 from gatewright.experiments.sweep import best_rate
+from gatewright.experiments.vowel_runs import best_rate as best_rate_of_runs
 
 ROOT = Path(__file__).resolve().parents[1] / "reproductions"
 RECORDED = sorted(p.stem for p in ROOT.glob("race-*.json") if not p.stem.endswith("-quick"))
@@ -102,3 +112,49 @@ def test_a_comparison_s_verdict_follows_from_its_numbers(name: str) -> None:
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     first, _, second = name.partition("-")
     assert set(expected[first][second]) == {"metric", "sign", "least_effect"}
+
+
+def test_table_1_of_1991_is_recorded_in_full_and_its_verdict_follows() -> None:
+    record, plan = read("local_experts-table1"), local_table1.PLAN
+    assert record["plan"] == json.loads(json.dumps(dataclasses.asdict(plan)))
+    assert list(record["readings"]) == list(plan.readings)
+    for reading in record["readings"].values():
+        assert list(reading["systems"]) == list(local_table1.PAPER)
+        for own in reading["systems"].values():
+            assert own["rate"] == best_rate_of_runs(own["search"], plan.rates)
+            assert own["rate"] is None or own["runs"]["seeds"] == list(range(plan.seeds))
+            assert own["rate"] is None or set(own["runs"]["rates"]) == {own["rate"]}
+    assert json.loads(json.dumps(local_table1.verdict(record))) == record["verdict"]
+    assert record["verdict"]["sentence"] in (ROOT / "local_experts-table1.md").read_text(encoding="utf-8")
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected["local_experts"]["table1"]) == {"metric", "sign", "least_effect"}
+    assert not record["quick"]
+
+
+@pytest.mark.parametrize(("name", "plan"), [("figure2", 4), ("figure3", 8)])
+def test_the_figures_of_1991_are_recorded_and_their_verdicts_follow(name: str, plan: int) -> None:
+    record = read(f"local_experts-{name}")
+    assert record["plan"] == json.loads(json.dumps(dataclasses.asdict(local_figures.Figure(plan))))
+    assert [run["seed"] for run in record["runs"]] == record["plan"]["seeds"]
+    assert local_figures.verdict(record, paths=name == "figure3") == record["verdict"]
+    page = (ROOT / f"local_experts-{name}.md").read_text(encoding="utf-8")
+    assert record["verdict"]["sentence"] in page
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected["local_experts"][name]) == {"metric", "sign", "least_effect"}
+    assert not record["quick"]
+
+
+def test_the_ensembles_are_recorded_and_their_verdict_follows() -> None:
+    record = read("local_experts-ensemble")
+    assert record["plan"] == dataclasses.asdict(local_ensemble.PLAN)
+    assert list(record["systems"]) == list(local_ensemble.ARMS)
+    for name, arm in local_ensemble.ARMS.items():
+        own = json.loads(json.dumps(dataclasses.asdict(arm)))
+        assert {key: record["systems"][name][key] for key in own} == own
+        assert len(record["systems"][name]["test_error"]) == local_ensemble.PLAN.seeds
+    assert local_ensemble.verdict(record) == record["verdict"]
+    page = (ROOT / "local_experts-ensemble.md").read_text(encoding="utf-8")
+    assert record["verdict"]["sentence"] in page
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected["local_experts"]["ensemble"]) == {"metric", "sign", "least_effect"}
+    assert not record["quick"]

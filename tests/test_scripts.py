@@ -225,3 +225,27 @@ def test_the_table_of_routers_comes_from_the_registry(tmp_path: Path):
     assert len(rows) == len(all_routers())
     (row,) = (line for line in rows if line.startswith("| `sinkhorn`"))
     assert "| in evaluation |" in row
+
+
+def test_table_1_of_1991_is_shown_with_what_never_ended(tmp_path: Path):
+    summary = {
+        "epochs_mean": 693.6,
+        "epochs_sd": None,
+        "train_percent": 93.04,
+        "test_percent": 92.5,
+        "reached": 1,
+    }
+    systems = {
+        "local-experts-4": {"rate": 0.05, "runs": {"epochs": [694, None]}, "summary": summary},
+        "back-propagation-6": {"rate": None, "runs": None},
+    }
+    record = {
+        **{key: RACE[key] for key in ("environment", "verdict")},
+        **{"schema": "gatewright.table1.v1", "target": "race/toy", "readings": {"A": {"systems": systems}}},
+    }
+    assert figures.main([], site(tmp_path, record)) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "The sparse model won.." not in text
+    assert "| A | local-experts-4 | 0.05 | 694 ± - | 93.0 | 92.5 | 1 of 2 |" in text
+    assert "| A | back-propagation-6 | none | - | - | - | - |" in text
+    assert "`gatewright reproduce race/toy` on toy, 2 threads" in text

@@ -162,6 +162,9 @@ def test_reproduce_lists_what_there_is(capsys):
         ("train nobody", ["'nobody'", "gatewright papers"]),
         ("train mixtrl", ["did you mean 'mixtral'"]),
         ("train glam", ["planned"]),
+        ("train local_experts", ["does not train on text", "gatewright reproduce"]),
+        ("race local_experts", ["does not train on text", "gatewright reproduce"]),
+        ("plan local_experts", ["does not train on text", "gatewright reproduce"]),
         (
             "train --num-exprts 4",
             ["--num-exprts", "did you mean '--num-experts'", "gatewright train mixtral --help"],

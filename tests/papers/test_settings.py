@@ -13,7 +13,7 @@ import torch
 from gatewright.backbones import count_cost
 from gatewright.errors import UserError
 from gatewright.objectives import NextToken
-from gatewright.papers import get_paper, published, published_names, wired_papers
+from gatewright.papers import get_paper, published, published_names, text_papers, wired_papers
 
 # Billions, total and active; tolerance. In print: 47B and 13B, 141B and 39B; OLMoE table 10: 6.9B and 1.3B.
 PUBLISHED_BILLIONS = {
@@ -76,7 +76,7 @@ def test_settings_are_few_and_each_is_explained(paper: str):
             assert told, f"{paper}: {ast.unparse(field.target)} has no line that says what it is"
 
 
-@pytest.mark.parametrize("paper", wired_papers())
+@pytest.mark.parametrize("paper", text_papers())
 def test_small_defaults_build_and_train_a_step(paper: str):
     file = get_paper(paper)
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_same_seed_same_weights(paper: str):
     assert not all(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
 
 
-@pytest.mark.parametrize("paper", wired_papers())
+@pytest.mark.parametrize("paper", text_papers())
 def test_settings_take_one_value_or_one_per_layer(paper: str):
     file = get_paper(paper)
     settings = file.Settings(num_layers=3, num_experts=(8, 9, 16), expert_width=(8, 16, 24), moe_layers="all")

@@ -2,6 +2,7 @@
 
 from gatewright.backbones import initialise
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
+from gatewright.backbones.cases import HiddenLayer, Mixture, MixtureOutput
 from gatewright.backbones.cost import Cost, count_cost, on_no_memory
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.pattern import moe_pattern, per_layer
@@ -13,8 +14,11 @@ __all__ = [
     "Cost",
     "Decoder",
     "DecoderOutput",
+    "HiddenLayer",
     "KVCache",
     "LayerCache",
+    "Mixture",
+    "MixtureOutput",
     "RMSNorm",
     "RotaryPositions",
     "count_cost",

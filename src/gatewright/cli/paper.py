@@ -29,20 +29,20 @@ def run_from(argv: list[str], kind: type, toml: Path | None, prog: str) -> Any:
 
 
 def _intro(default: str) -> str:
-    from ..papers import published_names, wired_papers
+    from ..papers import published_names, text_papers
 
     return (
-        f"In place of {default}, the default: {', '.join(wired_papers())} (their model flags differ),\n"
+        f"In place of {default}, the default: {', '.join(text_papers())} (their model flags differ),\n"
         f"or a published size as the start: {', '.join(published_names())}."
     )
 
 
 def _model_of(word: str, base: Any) -> tuple[str, Any]:
     """Return the paper's id and the settings that flags start from."""
-    from ..papers import get_paper, published, published_names
+    from ..papers import get_text_paper, published, published_names
 
     if word in published_names():
         return published(word)
     if word == base.paper and base.model is not None:
         return word, base.model
-    return word, get_paper(word).Settings()
+    return word, get_text_paper(word).Settings()

@@ -42,5 +42,6 @@ def _entry(paper: PaperInfo, most: int) -> str:
 
 
 def _wired(papers: tuple[PaperInfo, ...]) -> str:
-    ids = [paper.id for paper in papers if paper.status == "wired"]
-    return f"{len(papers)} papers; {len(ids)} wired: gatewright race {' | '.join(ids)}"
+    wired = [paper for paper in papers if paper.status == "wired"]
+    ids = [paper.id for paper in wired if paper.trains_on == "text"]
+    return f"{len(papers)} papers; {len(wired)} wired, on text: gatewright race {' | '.join(ids)}"

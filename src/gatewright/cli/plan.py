@@ -34,18 +34,18 @@ def main(argv: list[str]) -> int:
 def work(argv: list[str], common: Common) -> Outcome:
     """Plan a published size, a paper's small default (either changed by its flags), or a run."""
     from ..evaluation.plan import plan
-    from ..papers import get_paper, published, published_names, wired_papers
+    from ..papers import get_text_paper, published, published_names, text_papers
     from .parse import settings_from, the_word
 
     names = (
-        f"a published size ({', '.join(published_names())}), a paper ({', '.join(wired_papers())}), or a run"
+        f"a published size ({', '.join(published_names())}), a paper ({', '.join(text_papers())}), or a run"
     )
     name, rest = the_word(argv, "gatewright plan", "NAME", names)
     base: list[Any] = []
     if name in published_names():
         base = [published(name)[1]]
-    elif name in wired_papers():
-        base = [get_paper(name).Settings()]
+    elif name in text_papers():
+        base = [get_text_paper(name).Settings()]
     # The context is planned for, not built in: the plan says where it exceeds the model's own.
     hidden = ["Settings.context"]
     doors: Any = {"words": "NAME", "hidden": hidden, "toml": common.from_, "intro": f"NAME: {names}."}

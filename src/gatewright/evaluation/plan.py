@@ -21,7 +21,7 @@ from gatewright.evaluation.memory import (
     kv_cache_bytes_per_token,
     training_memory,
 )
-from gatewright.papers import all_papers, get_paper, published, published_names, wired_papers
+from gatewright.papers import all_papers, get_text_paper, published, published_names, text_papers
 
 GB = 1e9
 # What of a device's memory may be filled; the rest is for kernels, buffers and fragments.
@@ -97,7 +97,7 @@ def plan(
     length = chosen.context if context is None else context
     _check_numbers(length, batch, device_memory_gb)
     with on_no_memory():
-        model = get_paper(paper_id).build(chosen)
+        model = get_text_paper(paper_id).build(chosen)
     cost = count_cost(model, length)
     total, each = cost.total_parameters, BYTES_PER_WEIGHT[dtype]
     trained = training_memory(model, dtype, length, batch, optimizer) if dtype in TRAINED_DTYPES else None
@@ -174,7 +174,7 @@ def _resolve(name: str | None, settings: Any, paper: str | None) -> tuple[str, s
     """Return (title, paper id, Settings) from whichever way the model was named."""
     if settings is not None:
         paper_id = paper or type(settings).__module__.rpartition(".")[2]
-        if not isinstance(settings, get_paper(paper_id).Settings):
+        if not isinstance(settings, get_text_paper(paper_id).Settings):
             raise UserError(f"settings are not those of paper {paper_id!r}; give the paper they belong to")
         return name or paper_id, paper_id, settings
     if name is None:
@@ -186,11 +186,11 @@ def _resolve(name: str | None, settings: Any, paper: str | None) -> tuple[str, s
     if name in published_names():
         return name, *published(name)
     if name in [info.id for info in all_papers()]:
-        return f"{name} (small default)", name, get_paper(name).Settings()
+        return f"{name} (small default)", name, get_text_paper(name).Settings()
     path = Path(name)
     if path.is_dir() or path.suffix == ".toml":
         return _from_run(path / "run.toml" if path.is_dir() else path)
-    known = (*published_names(), *wired_papers())
+    known = (*published_names(), *text_papers())
     raise UserError(
         f"model {name!r} is unknown{did_you_mean(name, known)}; allowed: {', '.join(known)}, "
         "or a run's folder"
@@ -207,7 +207,7 @@ def _from_run(path: Path) -> tuple[str, str, Any]:
         raise UserError(f"{path} cannot be read as TOML: {error}") from None
     run, model = _table(tables, "run", path), _table(tables, "model", path)
     paper_id = str(run.get("paper") or tables.get("paper") or "mixtral")
-    kind = get_paper(paper_id).Settings
+    kind = get_text_paper(paper_id).Settings
     fields = [field.name for field in dataclasses.fields(kind)]
     for key in model:
         if key not in fields:

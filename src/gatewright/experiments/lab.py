@@ -105,13 +105,13 @@ def run_plan(plan: Plan, work: Path, about: str) -> Record:
             progress.update(place / len(jobs), f"{arm.name}, seed {seed} ({place + 1} of {len(jobs)})")
             settings = {"arm": _plain(arm), "seed": seed, "plan": _shared(plan), "text": corpus.fingerprint}
             path = work / f"{arm.name}-{seed}.json".replace("/", "-")
-            done = _kept(path, settings, partial(train, plan, arm, corpus, seed))
+            done = kept(path, settings, partial(train, plan, arm, corpus, seed))
             arms[arm.name]["seeds"].append(done)
         for arm in plan.arms:
             progress.update(1.0, f"step time of {arm.name}")
             settings = {"arm": _plain(arm), "plan": _shared(plan), "baseline": plan.baseline}
             path = work / f"{arm.name}-time.json".replace("/", "-")
-            arms[arm.name]["step_time"] = _kept(path, settings, partial(_times, plan, arm, corpus))
+            arms[arm.name]["step_time"] = kept(path, settings, partial(_times, plan, arm, corpus))
             arms[arm.name]["active_flops"] = _active_flops(plan, arm, arms[arm.name]["seeds"])
     return {
         "schema": "gatewright.arms.v1",
@@ -149,7 +149,7 @@ def _shared(plan: Plan) -> Record:
     return {k: v for k, v in json.loads(json.dumps(asdict(plan), default=str)).items() if k != "arms"}
 
 
-def _kept(path: Path, settings: Record, work: Callable[[], Record]) -> Record:
+def kept(path: Path, settings: Record, work: Callable[[], Record]) -> Record:
     """Return the record at `path` if it is of these settings, else do the work and keep it."""
     settings = {k: v for k, v in settings.items() if v is not None}
     if path.exists():

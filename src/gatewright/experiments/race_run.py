@@ -9,7 +9,7 @@ from typing import Any, Literal
 from gatewright.backbones import per_layer
 from gatewright.errors import UserError
 from gatewright.experiments.twin import Against, dense_twin, selected_per_token
-from gatewright.papers.registry import get_paper
+from gatewright.papers.registry import get_text_paper
 from gatewright.training import LoopSettings, TrainRun
 
 
@@ -94,7 +94,7 @@ def race_sides(race: RaceRun, seed: int) -> list[Side]:
     Of several numbers of experts the twin equals the largest: no sparse side then has more of what they are
     matched in.
     """
-    settings = race.model if race.model is not None else get_paper(race.paper).Settings()
+    settings = race.model if race.model is not None else get_text_paper(race.paper).Settings()
     matched = with_experts(settings, max(race.experts)) if race.experts else settings
     sides = []
     twins: tuple[Against, ...] = ("active", "total") if race.triangle else (race.against,)

@@ -14,6 +14,11 @@ from typing import Any
 from gatewright.errors import UserError, did_you_mean
 from gatewright.experiments.balance import CLAIM as BALANCE_CLAIM
 from gatewright.experiments.balance import run_balance
+from gatewright.experiments.local_ensemble import CLAIM as ENSEMBLE_CLAIM
+from gatewright.experiments.local_ensemble import run_ensemble
+from gatewright.experiments.local_figures import FIGURES
+from gatewright.experiments.local_table1 import CLAIM as TABLE1_CLAIM
+from gatewright.experiments.local_table1 import run_table1
 from gatewright.experiments.pages import race_page
 from gatewright.experiments.quickstart import HOUR, QUICKSTART, RacePlan, run_plan
 from gatewright.experiments.rules_compared import CLAIM as COMPARE_CLAIM
@@ -73,6 +78,9 @@ TARGETS: dict[str, Target] = {
     **{plan.name: _race_target(plan) for plan in (QUICKSTART, HOUR)},
     "switch/balance": Target("switch/balance", BALANCE_CLAIM, run_balance),
     "routers/compare": Target("routers/compare", COMPARE_CLAIM, run_compare),
+    "local_experts/table1": Target("local_experts/table1", TABLE1_CLAIM, run_table1),
+    "local_experts/ensemble": Target("local_experts/ensemble", ENSEMBLE_CLAIM, run_ensemble),
+    **{name: Target(name, claim, run) for name, (claim, run) in FIGURES.items()},
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gatewright.backbones import Cost, count_cost, moe_pattern, on_no_memory, per_layer
 from gatewright.errors import UserError
-from gatewright.papers.registry import get_paper
+from gatewright.papers.registry import get_text_paper
 from gatewright.training.run import require_finite
 
 Against = Literal["active", "total"]
@@ -26,7 +26,7 @@ def selected_per_token(settings: Any) -> Any:
 def cost_of(paper: str, settings: Any) -> Cost:
     """Return the cost per token of a model from its settings, on no memory."""
     with on_no_memory():
-        return count_cost(get_paper(paper).build(settings), settings.context)
+        return count_cost(get_text_paper(paper).build(settings), settings.context)
 
 
 def dense_twin(paper: str, settings: Any, against: Against = "active") -> Any:

@@ -26,7 +26,7 @@ from gatewright.measuring.run import Allocator
 from gatewright.measuring.step_floor import floor_seconds, work_of_parts
 from gatewright.measuring.step_memory import step_memory
 from gatewright.measuring.step_result import SCHEMA, StepResult, step_goals, told
-from gatewright.papers.registry import get_paper
+from gatewright.papers.registry import get_text_paper
 from gatewright.training import TrainRun
 from gatewright.training.checkpoint import write_atomic
 from gatewright.training.checks import check_settings, check_text
@@ -133,7 +133,7 @@ def bench_step(run: StepRun, say: Callable[[str], None] | None = None) -> StepRe
 
 def side_runs(run: StepRun, precision: Dtype) -> Iterator[tuple[str, TrainRun]]:
     """Yield the dense twin's and the sparse model's training run."""
-    model = get_paper(run.paper).Settings() if run.model is None else run.model
+    model = get_text_paper(run.paper).Settings() if run.model is None else run.model
     shared = {
         field.name: getattr(run, field.name)
         for field in dataclasses.fields(StepRun)

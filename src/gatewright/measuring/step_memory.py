@@ -20,7 +20,7 @@ from gatewright.data.stream import TokenStream
 from gatewright.evaluation.memory import training_memory
 from gatewright.kernels import native
 from gatewright.measuring.memory import check_memory_can_be_measured, peak_bytes, resident_bytes
-from gatewright.papers import get_paper
+from gatewright.papers import get_text_paper
 from gatewright.training import TrainRun
 from gatewright.training.allocator import return_big_blocks
 from gatewright.training.trainer import Trainer
@@ -81,7 +81,7 @@ def step_memory(run: TrainRun, threads: int = 1) -> StepMemory | None:
 def floor_of(run: TrainRun, peak: int) -> StepMemory:
     """Return the StepMemory of a measured peak; nothing is allocated."""
     with torch.device("meta"):
-        model = cast(Decoder, get_paper(run.paper).build(_settings(run)))
+        model = cast(Decoder, get_text_paper(run.paper).build(_settings(run)))
     context = _settings(run).context
     rows = run.batch_tokens // context // run.accumulation
     formula = training_memory(model, run.precision, context, rows, "adamw")
@@ -122,7 +122,7 @@ def _steps(run: TrainRun, after: Callable[[], None]) -> None:
 
 def _settings(run: TrainRun, model: Any = ...) -> Any:
     given = run.model if model is ... else model
-    return get_paper(run.paper).Settings() if given is None else given
+    return get_text_paper(run.paper).Settings() if given is None else given
 
 
 def random_corpus(run: TrainRun) -> Corpus:

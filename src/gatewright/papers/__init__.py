@@ -4,9 +4,11 @@ from gatewright.papers.registry import (
     PaperInfo,
     all_papers,
     get_paper,
+    get_text_paper,
     paper_info,
     published,
     published_names,
+    text_papers,
     wired_papers,
 )
 
@@ -14,8 +16,10 @@ __all__ = [
     "PaperInfo",
     "all_papers",
     "get_paper",
+    "get_text_paper",
     "paper_info",
     "published",
     "published_names",
+    "text_papers",
     "wired_papers",
 ]

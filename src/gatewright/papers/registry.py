@@ -12,12 +12,15 @@ from types import ModuleType
 from typing import Any, Literal
 
 from gatewright.errors import UserError, did_you_mean
-from gatewright.papers.authors import DEEPSEEK_V2, DEEPSEEK_V3
+from gatewright.papers.authors import DEEPSEEK_V2, DEEPSEEK_V3, GLAM, MIXTRAL
 
 
 @dataclass(frozen=True)
 class PaperInfo:
-    """One milestone. `status`: "wired" has a paper file that builds and trains, "planned" only its page."""
+    """One milestone. `status`: "wired" has a paper file that builds and trains, "planned" only its page.
+
+    `trains_on`: "text" goes with every command; "cases" with the paper's own reproductions.
+    """
 
     id: str
     year: int
@@ -26,6 +29,7 @@ class PaperInfo:
     venue: str
     added: str
     status: Literal["wired", "planned"] = "planned"
+    trains_on: Literal["text", "cases"] = "text"
 
     @property
     def page(self) -> str:
@@ -46,6 +50,8 @@ _LINEAGE: tuple[PaperInfo, ...] = (
         "Neural Computation 3(1), 79-87",
         "A softmax gate and its experts, trained together as a mixture of Gaussians, so that experts "
         "compete for cases.",
+        "wired",
+        "cases",
     ),
     PaperInfo(
         "hme",
@@ -102,14 +108,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "glam",
         2021,
-        _names(
-            "Nan Du, Yanping Huang, Andrew M. Dai, Simon Tong, Dmitry Lepikhin, Yuanzhong Xu, Maxim Krikun, "
-            "Yanqi Zhou, Adams Wei Yu, Orhan Firat, Barret Zoph, Liam Fedus, Maarten Bosma, Zongwei Zhou,"
-            " Tao Wang, "
-            "Yu Emma Wang, Kellie Webster, Marie Pellat, Kevin Robinson, Kathleen Meier-Hellstern, Toju "
-            "Duke, "
-            "Lucas Dixon, Kun Zhang, Quoc V. Le, Yonghui Wu, Zhifeng Chen, Claire Cui"
-        ),
+        _names(GLAM),
         "GLaM: Efficient Scaling of Language Models with Mixture-of-Experts",
         "ICML 2022, arXiv 2112.06905",
         "A sparse decoder-only language model of 1.2 trillion parameters, measured zero- to few-shot "
@@ -155,15 +154,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "mixtral",
         2024,
-        _names(
-            "Albert Q. Jiang, Alexandre Sablayrolles, Antoine Roux, Arthur Mensch, Blanche Savary, Chris "
-            "Bamford, "
-            "Devendra Singh Chaplot, Diego de las Casas, Emma Bou Hanna, Florian Bressand, Gianna Lengyel, "
-            "Guillaume Bour, Guillaume Lample, Lélio Renard Lavaud, Lucile Saulnier, Marie-Anne Lachaux, "
-            "Pierre Stock, Sandeep Subramanian, Sophia Yang, Szymon Antoniak, Teven Le Scao, Théophile "
-            "Gervet, "
-            "Thibaut Lavril, Thomas Wang, Timothée Lacroix, William El Sayed"
-        ),
+        _names(MIXTRAL),
         "Mixtral of Experts",
         "arXiv 2401.04088",
         "Open weights of a dropless decoder with experts in every layer, two of eight per token, "
@@ -232,6 +223,11 @@ def wired_papers() -> tuple[str, ...]:
     return tuple(paper.id for paper in _LINEAGE if paper.status == "wired")
 
 
+def text_papers() -> tuple[str, ...]:
+    """Return the wired ids whose models read text: what `train`, `race` and `plan` take."""
+    return tuple(p.id for p in _LINEAGE if p.status == "wired" and p.trains_on == "text")
+
+
 def paper_info(paper_id: str) -> PaperInfo:
     """Return one paper's record. Raises: UserError for an unknown id."""
     for paper in _LINEAGE:
@@ -258,17 +254,28 @@ def get_paper(paper_id: str) -> ModuleType:
     return importlib.import_module(f"gatewright.papers.{paper_id}")
 
 
+def get_text_paper(paper_id: str) -> ModuleType:
+    """Return the paper file as `get_paper` does. Raises: UserError also for a paper of no language model."""
+    info, paper = paper_info(paper_id), get_paper(paper_id)
+    if info.trains_on != "text":
+        raise UserError(
+            f"paper {paper_id!r} does not train on text; allowed: {', '.join(text_papers())}; its own "
+            "experiments are those of `gatewright reproduce`"
+        )
+    return paper
+
+
 @cache
 def _all_published() -> dict[str, tuple[str, Any]]:
     return {
         name: (paper_id, settings)
-        for paper_id in wired_papers()
+        for paper_id in text_papers()
         for name, settings in get_paper(paper_id).PUBLISHED.items()
     }
 
 
 def published_names() -> tuple[str, ...]:
-    """Return the names of all published sizes, in lineage order."""
+    """Return the names of all published sizes of language models, in lineage order."""
     return tuple(_all_published())
 
 

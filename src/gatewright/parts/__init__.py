@@ -10,6 +10,7 @@ from gatewright.parts.experts import MLP, Experts
 from gatewright.parts.free_experts import FreeExperts
 from gatewright.parts.int8_experts import Int8Experts
 from gatewright.parts.layer import MoELayer
+from gatewright.parts.linear_experts import LinearExperts
 from gatewright.parts.losses import LOSSES
 from gatewright.parts.nested_experts import ModuleExperts
 from gatewright.parts.noise import InputJitter, LogitNoise, SoftplusNoise, load_estimate
@@ -55,6 +56,7 @@ __all__ = [
     "GatedShared",
     "InputJitter",
     "Int8Experts",
+    "LinearExperts",
     "LogitNoise",
     "MoELayer",
     "ModuleExperts",

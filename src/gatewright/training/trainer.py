@@ -16,7 +16,7 @@ from gatewright.backbones import Cost, Decoder, count_cost
 from gatewright.data import Corpus
 from gatewright.errors import Diverged, UserError
 from gatewright.evaluation import Bits, bits_per_byte, take_bytes
-from gatewright.papers.registry import get_paper
+from gatewright.papers.registry import get_text_paper
 from gatewright.parts import Stats
 from gatewright.parts.draws import fold
 from gatewright.parts.running import RunningCounts
@@ -37,7 +37,7 @@ class Trainer:
     def __init__(self, run: TrainRun, corpus: Corpus, name: str = "model") -> None:
         self.run, self.corpus, self.name = run, corpus, name
         self.device = resolve_device(run.device)
-        paper = get_paper(run.paper)
+        paper = get_text_paper(run.paper)
         settings = paper.Settings() if run.model is None else run.model
         self.settings = dataclasses.replace(settings, vocab_size=corpus.tokenizer.vocab_size)
         self.context: int = self.settings.context
