@@ -9,12 +9,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from gatewright.kernels.native.few import few_rows_maps
 from gatewright.kernels.native.step import Maps
 from gatewright.parts.draws import runs_native
 
 
 def linear_maps(x: Float[Tensor, "T D"], weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return x times each weight [N, D], computed in `dtype`, out of autocast, as one multiplication."""
+    found = few_rows_maps(x, weights) if x.dtype == dtype else None
+    if found is not None:
+        return tuple(found)
     with torch.autocast(x.device.type, enabled=False):
         weights = [weight.to(dtype) for weight in weights]
         if (

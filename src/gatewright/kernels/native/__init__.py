@@ -27,7 +27,9 @@ class Status:
 
 def is_ready() -> bool:
     """Return whether the native kernels run here; the first call builds and loads them."""
-    return status().ready
+    # Without the lock once it is known: a decoder asks a hundred times per token.
+    known = _known
+    return not _left_out and (known or status()).ready
 
 
 # What torch.compiler.assume_constant_result sets; calling that would load the compiler at every import.
@@ -52,9 +54,10 @@ def runs_for(*tensors: Tensor) -> bool:
     """Return whether native operators take these tensors now: fp32 or bf16, on the CPU, in eager mode (what
     is compiled or exported fuses torch's own operators).
     """
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
-    return all(one.device.type == "cpu" and one.dtype in DTYPES for one in tensors) and is_ready()
+    for one in tensors:
+        if not one.is_cpu or one.dtype not in DTYPES:
+            return False
+    return not torch.compiler.is_compiling() and not torch.compiler.is_exporting() and is_ready()
 
 
 def only_once(what: str) -> None:

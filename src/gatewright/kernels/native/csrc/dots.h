@@ -114,7 +114,7 @@ inline void dots(const P* x, int64_t ld, const W* const* w, int64_t k, int64_t a
   };
   int64_t i = 0;
   for (; i + S::size <= k; i += S::size) {
-    for (int j = 0; j < kWide; ++j) __builtin_prefetch(w[j] + i + ahead);
+    for (int j = 0; j < kWide; ++j) __builtin_prefetch(w[j] + i + ahead, 0, 1);
     step(x + i, w, i);
   }
   if (i < k) {
@@ -147,7 +147,7 @@ inline void with_rows(int64_t rows, Body&& body) {
 
 // Rows of weights that are read side by side; with more rows of the panel fewer sums fit the registers.
 template <int kRows>
-constexpr int kSide = kRows <= 4 ? 4 : 2;
+constexpr int kSide = kRows <= 2 ? 8 : kRows <= 6 ? 4 : 3;
 
 // Lays a row out as a panel's: in P, times `scale`, zeros behind it.
 template <class T, class P>

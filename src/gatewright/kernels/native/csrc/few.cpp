@@ -207,7 +207,7 @@ std::vector<at::Tensor> few_rows_maps(const at::Tensor& x, at::TensorList weight
     using P = typename Panel<T, W>::type;
     lay_out_all<float, T>(x, wide.as<float>(), ld);
     lay_out_all<P, T>(x, own.as<P>(), ld);
-    run_tasks(starts.back(), threads_for(starts.back()), [&](int64_t task, int) {
+    auto outputs = [&](int64_t task) {
       const int64_t i = std::upper_bound(starts.begin(), starts.end(), task) - starts.begin() - 1;
       const int64_t size = outs[i].size(0) ? outs[i].size(1) : 0, begin = (task - starts[i]) * kRowsOfTask;
       T* out = data<T>(outs[i]);
@@ -215,7 +215,8 @@ std::vector<at::Tensor> few_rows_maps(const at::Tensor& x, at::TensorList weight
         map_outputs(wide.as<float>(), ld, rows, data<float>(weights[i]), width, size, begin, out);
       else
         map_outputs(own.as<P>(), ld, rows, data<W>(weights[i]), width, size, begin, out);
-    });
+    };
+    run_two(starts.back(), 0, threads_for(starts.back()), outputs, [](int64_t) {});
   });
   return outs;
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include <omp.h>
 
@@ -32,7 +33,35 @@ void run_tasks(int64_t tasks, int threads, const Body& body) {
   }
 }
 
-// Calls first(task) for each task of the first kind and then, when all of them are done, second(task).
+// Tasks in ranges, one for each thread, so that a thread reads on where it was; who is done helps the others.
+class Ranges {
+ public:
+  Ranges(int64_t tasks, int threads) : places_(threads) {
+    for (int i = 0; i < threads; ++i) {
+      places_[i].next = tasks * i / threads;
+      places_[i].end = tasks * (i + 1) / threads;
+    }
+  }
+
+  template <class Body>
+  void run(int thread, const Body& body) {
+    const int threads = static_cast<int>(places_.size());
+    for (int i = 0; i < threads; ++i) {
+      Place& place = places_[(thread + i) % threads];
+      for (int64_t task = place.next.fetch_add(1); task < place.end; task = place.next.fetch_add(1)) body(task);
+    }
+  }
+
+ private:
+  struct alignas(64) Place {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Place> places_;
+};
+
+// Calls first(task) for each of `firsts`, and when all of them are done second(task) for each of `seconds`, for
+// tasks that read much memory and share no sums.
 template <class First, class Second>
 void run_two(int64_t firsts, int64_t seconds, int threads, const First& first, const Second& second) {
   if (threads <= 1) {
@@ -40,12 +69,15 @@ void run_two(int64_t firsts, int64_t seconds, int threads, const First& first, c
     for (int64_t task = 0; task < seconds; ++task) second(task);
     return;
   }
-  std::atomic<int64_t> next{0}, then{0};
+  Ranges before(firsts, threads), after(seconds, threads);
 #pragma omp parallel num_threads(threads)
   {
-    for (int64_t task = next.fetch_add(1); task < firsts; task = next.fetch_add(1)) first(task);
+    const int thread = omp_get_thread_num();
+    before.run(thread, first);
+    if (seconds > 0) {
 #pragma omp barrier
-    for (int64_t task = then.fetch_add(1); task < seconds; task = then.fetch_add(1)) second(task);
+      after.run(thread, second);
+    }
   }
 }
 
