@@ -44,6 +44,8 @@ def block(name: str, root: Path) -> str:
     words = str(record.get("schema", "")).split(".")
     if words[:2] == ["gatewright", "bench"]:
         return bench_figures.BLOCKS[words[2]](record, path.name)
+    if words[:2] == ["gatewright", "table1"]:
+        return table1_block(record, path.name)
     if "arms" in record:
         return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.
