@@ -35,7 +35,7 @@ class RaceRun(LoopSettings):
     """race several numbers of experts, as 2,4,8: the scaling curve"""
     data_fraction: tuple[float, ...] = ()
     """race on these shares of the training documents, as 0.01,0.1,1: the small-data curve"""
-    sparse_rate: float = 3e-3
+    sparse_rate: float = 6e-3
     """peak learning rate of sparse sides"""
     dense_rate: float = 6e-3
     """peak learning rate of dense sides"""
