@@ -68,6 +68,8 @@ def routers_block(record: Mapping[str, Any], source: str) -> str:
 
 def step_block(record: Mapping[str, Any], source: str) -> str:
     """Return whole steps, goals and parts of a training step, and where it was measured."""
+    from gatewright.measuring.step_result import size_lines  # which loads torch: only where there is a step
+
     words = {True: "held", False: "not held", None: "open"}
     lines = []
     for row in record["rows"]:
@@ -87,6 +89,7 @@ def step_block(record: Mapping[str, Any], source: str) -> str:
                 f"| {part.replace('_', ' ')} | {' | '.join(_part(own.get(part)) for own in sides)} |"
             )
         lines.append("")
+        lines += [f"- {told.strip()}" for told in size_lines(row)]
     lines += [f"- {words[g['held']]}: {g['precision']}: {g['goal']}: {g['shown']}" for g in record["goals"]]
     place, how = record["environment"], record["settings"]
     rates = [f"{name} {rate['median'] / 1e9:.1f} G/s" for name, rate in record["machine"].items()]

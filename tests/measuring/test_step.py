@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gatewright.backbones import Decoder
+from gatewright.data import open_corpus
 from gatewright.errors import RunFailure, UserError
 from gatewright.measuring import StepRun, bench_step
 from gatewright.measuring import step as step_module
@@ -21,6 +22,8 @@ from gatewright.measuring.step_floor import Work, floor_seconds, work_of_parts
 from gatewright.measuring.step_result import StepResult, size_lines, step_goals
 from gatewright.papers.mixtral import Settings, build
 from gatewright.parts import MLP, MoELayer
+from gatewright.training import TrainRun
+from gatewright.training.trainer import Trainer
 from tests.measuring.samples import MACHINE
 from tests.training.runs import write_text
 
@@ -195,6 +198,28 @@ def test_memory_and_tokens_per_expert_are_told():
         "  sparse: the process whose memory was measured died",
         "  dense: peak memory 3 MiB, 1.50 times its floor of 2 MiB",
     ]
+
+
+def test_compiled_sides_are_told_with_what_they_take_at_first():
+    own = row()
+    own["start_seconds"] = {"dense_compiled": 31.4}
+    own["ratios"]["dense_compiled"] = {"median": 1.25, "low": 1.0, "high": 1.5}
+    line = "  dense compiled: 1.25 (1.00 to 1.50) times the time of a step that is not, and 31 s at first"
+    assert size_lines(own) == [line]
+
+
+def test_a_compiled_trainer_takes_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GATEWRIGHT_CACHE", str(tmp_path / "cache"))
+    settings, _ = small(context=16, num_layers=1)
+    data = tuple(write_text(tmp_path / "text"))
+    own = TrainRun(model=settings, data=data, batch_tokens=64, tokens=640)
+    corpus = open_corpus(data, cache=tmp_path / "cache")
+    trainer, seconds = step_module._compiled(own, corpus, "sparse")
+    eager = Trainer(own, corpus, "sparse")
+    eager.advance()
+    assert seconds > 0
+    assert trainer.advance()["loss"] == pytest.approx(eager.advance()["loss"], rel=1e-4)
+    assert any("orig_mod" in name or block._compiled_call_impl for name, block in trainer.model.named_modules())
 
 
 def test_a_whole_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from gatewright.training.trainer import Trainer
 from gatewright.training.workplace import command_line, environment, now, own_folder
 
 WARM_UPS, PROFILED = 3, 5
-PLAIN = "_plain"
+PLAIN, COMPILED = "_plain", "_compiled"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class StepRun:
     """of the matmuls; weights and optimizer stay fp32"""
     plain: bool = True
     """time both models with torch's own operators too, to see what this toolkit's gain"""
+    compiled: bool = False
+    """time both models with every block through torch.compile too; what that takes at first is told apart"""
     memory: bool = False
     """measure each model's peak memory too, against its floor, in a process of its own"""
     steps: int = 2
@@ -152,6 +155,9 @@ def measure_row(
         plain = run.plain and native.is_ready()
         if plain:
             trainers |= {name + PLAIN: Trainer(own, corpus, name) for name, own in runs.items()}
+        start = {}
+        for name, own in runs.items() if run.compiled else ():
+            trainers[name + COMPILED], start[name + COMPILED] = _compiled(own, corpus, name)
         turns = {name: Turn(_turn(name, trainer, run.steps), _nothing) for name, trainer in trainers.items()}
         time_rounds(turns, WARM_UPS)
         raw = time_rounds(turns, run.rounds)
@@ -166,11 +172,28 @@ def measure_row(
                 f"{name}_gain": paired(seconds[name + PLAIN], seconds[name])._asdict() if plain else None
                 for name in runs
             },
+            **{
+                name + COMPILED: paired(seconds[name + COMPILED], seconds[name])._asdict()
+                for name in runs
+                if name + COMPILED in seconds
+            },
         },
+        "start_seconds": start,
         "step_seconds": {name: middle(own)._asdict() for name, own in seconds.items()},
         "sides": sides,
         "seconds": seconds,
     }
+
+
+def _compiled(run: TrainRun, corpus: Corpus, name: str) -> tuple[Trainer, float]:
+    """Return a trainer whose blocks are compiled, and the seconds of its first step, which compiles them."""
+    trainer = Trainer(run, corpus, name)
+    model: Any = trainer.model
+    for block in model.layers:
+        block.compile()
+    started = time.perf_counter()
+    trainer.advance()
+    return trainer, time.perf_counter() - started
 
 
 def _turn(name: str, trainer: Trainer, steps: int) -> Callable[[], None]:

@@ -61,6 +61,10 @@ def told(row: Mapping[str, Any]) -> str:
 def size_lines(row: Mapping[str, Any]) -> list[str]:
     """Return tokens per expert and step where there are experts, and peak memory where it was measured."""
     lines = []
+    for name, seconds in row.get("start_seconds", {}).items():
+        ratio = ratio_text(row["ratios"][name])
+        told = f"{ratio} times the time of a step that is not, and {seconds:.0f} s at first"
+        lines.append(f"  {name.replace('_', ' ')}: {told}")
     for name, side in row["sides"].items():
         if side.get("tokens_per_expert"):
             lines.append(f"  {name}: {side['tokens_per_expert']:g} tokens per expert and step")
