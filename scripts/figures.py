@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-if __package__:
-    from . import bench_figures
-else:  # run as a file
-    import bench_figures
-
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # run as a file
+    sys.path.insert(0, str(ROOT))
+
+from scripts import bench_figures  # noqa: E402
+
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w./-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 

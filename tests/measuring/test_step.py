@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gatewright.backbones import Decoder
+from gatewright.backbones import Block, Decoder
 from gatewright.data import open_corpus
 from gatewright.errors import RunFailure, UserError
 from gatewright.measuring import StepRun, bench_step
@@ -208,9 +208,14 @@ def test_compiled_sides_are_told_with_what_they_take_at_first():
     assert size_lines(own) == [line]
 
 
-def test_a_compiled_trainer_takes_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_block_of_a_compiled_side_is_compiled_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # The compiler itself cannot see through this test run's shape checks: who is asked, and when, is tested.
+    asked: list[Block] = []
+    monkeypatch.setattr(Block, "compile", asked.append)
     monkeypatch.setenv("GATEWRIGHT_CACHE", str(tmp_path / "cache"))
-    settings, _ = small(context=16, num_layers=1)
+    settings, _ = small(context=16, num_layers=3)
     data = tuple(write_text(tmp_path / "text"))
     own = TrainRun(model=settings, data=data, batch_tokens=64, tokens=640)
     corpus = open_corpus(data, cache=tmp_path / "cache")
@@ -219,7 +224,9 @@ def test_a_compiled_trainer_takes_the_same_steps(tmp_path: Path, monkeypatch: py
     eager.advance()
     assert seconds > 0
     assert trainer.advance()["loss"] == pytest.approx(eager.advance()["loss"], rel=1e-4)
-    assert any("orig_mod" in name or block._compiled_call_impl for name, block in trainer.model.named_modules())
+    assert any(
+        "orig_mod" in name or block._compiled_call_impl for name, block in trainer.model.named_modules()
+    )
 
 
 def test_a_whole_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
