@@ -32,7 +32,7 @@ def experts_few(
 
     Each chosen expert is read once, whoever of the tokens share it; a token's numbers are the same bits
     whatever stands beside it. In fp32 y differs from the sorted path by the rounding of sums, up to 1e-5 of
-    its largest number; in bf16 by up to 2e-2 of it, since here parts of a token are added up in fp32.
+    its largest number; in bf16 by up to 3e-2 of it, since here parts of a token are added up in fp32.
     """
     w = weights
     tensors = (x, combine_weights.float(), w.w_in, w.w_down, w.scale_in, w.scale_down, w.b_in, w.b_down)
