@@ -40,10 +40,9 @@ def bench_block(record: Mapping[str, Any], source: str) -> str:
             ]
             lines.append(f"- peak memory {row['name']} {row['dtype']}: {', '.join(shown)}")
     place, how = record["environment"], record["settings"]
-    rates = [f"{name} {rate['median'] / 1e9:.1f} G/s" for name, rate in record["machine"].items()]
     lines += [
         "",
-        f"Measured with `{record['command']}` on {place['processor']} ({', '.join(rates)}), "
+        f"Measured with `{record['command']}` on {place['processor']} ({_rates(record)}), "
         f"{place['threads']} threads, torch {place['torch']}, "
         f"transformers {how['transformers'] or 'not installed'}, backend {how['backend']}, "
         f"allocator {how['allocator']}, gradients {how['gradients']} between calls, {how['rounds']} rounds, "
@@ -92,10 +91,9 @@ def step_block(record: Mapping[str, Any], source: str) -> str:
         lines += [f"- {told.strip()}" for told in size_lines(row)]
     lines += [f"- {words[g['held']]}: {g['precision']}: {g['goal']}: {g['shown']}" for g in record["goals"]]
     place, how = record["environment"], record["settings"]
-    rates = [f"{name} {rate['median'] / 1e9:.1f} G/s" for name, rate in record["machine"].items()]
     lines += [
         "",
-        f"Measured with `{record['command']}` on {place['processor']} ({', '.join(rates)}), "
+        f"Measured with `{record['command']}` on {place['processor']} ({_rates(record)}), "
         f"{place['threads']} threads, torch {place['torch']}, allocator {how['allocator']}, {how['rounds']} "
         f"rounds, commit `{place['commit']}`; every number is taken from `reproductions/{source}`.",
     ]
@@ -143,6 +141,11 @@ def decode_block(record: Mapping[str, Any], source: str) -> str:
         f"allocator {how['allocator']}, {how['rounds']} rounds, commit `{place['commit']}`; "
         f"every number is taken from `reproductions/{source}`.\n"
     )
+
+
+def _rates(record: Mapping[str, Any]) -> str:
+    """Return what the machine was measured to do at most."""
+    return ", ".join(f"{name} {rate['median'] / 1e9:.1f} G/s" for name, rate in record["machine"].items())
 
 
 def _part(own: Mapping[str, Any] | None) -> str:

@@ -5,7 +5,6 @@ values and gradients; natively also the same bits for every number of threads, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,16 +31,6 @@ CASES = [
     (1, 2, 2, 1, 63, 96),
     (1, 4, 2, 8, 1020, 24),
 ]
-
-
-@pytest.fixture(params=["generated", "loops"])
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Multiply by torch's generated kernels, or by the loops that run where there are none."""
-    told = torch.ops.gatewright.engine(request.param)
-    if request.param not in told:
-        pytest.skip(f"this machine multiplies by {told}")
-    yield request.param
-    torch.ops.gatewright.engine("generated")
 
 
 def draw(case: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

@@ -4,7 +4,6 @@ every number of threads and order of experts, and clear refusals instead of read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -31,16 +30,6 @@ from tests.kernels.variants import compare, leaves_of, near
 from tests.parts.harness import repeatable
 
 pytestmark = pytest.mark.skipif(not native.is_ready(), reason=native.status().reason)
-
-
-@pytest.fixture(params=["generated", "loops"])
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Multiply by torch's generated kernels, or by the loops that run where there are none."""
-    told = torch.ops.gatewright.engine(request.param)
-    if request.param not in told:
-        pytest.skip(f"this machine multiplies by {told}")
-    yield request.param
-    torch.ops.gatewright.engine("generated")
 
 
 def drawn_places(num_tokens: int, num_experts: int, num_selected: int, lost: float = 0.0) -> list[list[int]]:

@@ -5,7 +5,7 @@ definitions in fp64, the same bits for every number of threads and when recomput
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,16 +32,6 @@ def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         for name, value in names.items():
             monkeypatch.setattr(importlib.import_module(f"gatewright.kernels.{module}"), name, value)
-
-
-@pytest.fixture(params=["generated", "loops"])
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Multiply by torch's generated kernels, or by the loops that run where there are none."""
-    told = torch.ops.gatewright.engine(request.param)
-    if request.param not in told:
-        pytest.skip(f"this machine multiplies by {told}")
-    yield request.param
-    torch.ops.gatewright.engine("generated")
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -59,7 +59,7 @@ class Side:
 
 
 def build_sides(cell: Cell, backend: str | None, names: Sequence[str]) -> dict[str, Side]:
-    """Return the named sides of a row; sparse ones hold equal weights, and so do the two dense ones.
+    """Return the named sides of a row; sparse ones hold equal weights, and so do the dense ones.
 
     Draws from torch's generator.
     """
