@@ -132,6 +132,24 @@ def deepseek_sequences(layers: list[Tensor], k: int, alpha: float) -> Tensor:
     return sum(torch.stack([deepseek([part], k, alpha) for part in p.split(6)]).mean() for p in layers)
 
 
+def automodel(layers: list[Tensor], k: int, coefficient: float) -> Tensor:
+    """Return sum(f_i P_i), f_i = load * E / (topk * tokens), of each gate; times the tokens, then over them."""
+    total = torch.zeros((), dtype=torch.float64)
+    for scores in layers:
+        f = hits(scores, k) * E / (k * len(scores))
+        total = total + torch.sum(f * (scores.sum(dim=0) / len(scores))) * len(scores)
+    return coefficient * total / len(layers[0])
+
+
+def torchtitan(layers: list[Tensor], k: int, coefficient: float) -> Tensor:
+    """Return T * L_bal of each layer over the step's valid tokens: f_i = E / (K T) hits, p_i of scores / sum."""
+    total = torch.zeros((), dtype=torch.float64)
+    for scores in layers:
+        share = scores / scores.sum(dim=-1, keepdim=True)
+        total = total + (E / (k * len(scores)) * hits(scores, k) * share.sum(dim=0)).sum()
+    return coefficient * total / len(layers[0])
+
+
 Formula = Callable[[list[Tensor], int, float], Tensor]
 # (name, loss, K, tokens per sequence or None, their formula, MoE layers for which the factor is exact)
 EXACT: tuple[tuple[str, str, int, int | None, Formula, int], ...] = (
@@ -149,6 +167,8 @@ EXACT: tuple[tuple[str, str, int, int | None, Formula, int], ...] = (
     ("transformers", "balance", 3, None, transformers, 1),
     ("megatron", "balance", 3, None, megatron, L),
     ("megatron", "sequence_balance", 3, 6, megatron_sequences, L),
+    ("nemo", "balance", 3, None, automodel, L),
+    ("torchtitan", "balance", 3, None, torchtitan, L),
     ("megablocks", "balance", 3, None, megablocks, L),
     ("flaxformer", "balance", 3, None, flaxformer, L),
     ("mesh_tensorflow", "gshard", 2, None, mesh_tensorflow, L),
@@ -200,7 +220,8 @@ def test_the_factor_of_squared_variations(name: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "added"), [("st_moe", True), ("megatron", True), ("olmoe", False), ("flaxformer", False)]
+    ("name", "added"),
+    [("st_moe", True), ("megatron", True), ("nemo", True), ("olmoe", False), ("flaxformer", False)],
 )
 def test_the_factor_of_the_z_loss(name: str, added: bool):
     logits = [random_logits(T, E, seed=seed).requires_grad_() for seed in range(L)]
@@ -239,7 +260,7 @@ def test_every_convention_is_tested():
     compared |= {
         (name, loss) for name in ("sparsely_gated", "vmoe", "tutel") for loss in ("importance", "load")
     }
-    compared |= {(name, "z") for name in ("st_moe", "megatron", "olmoe", "flaxformer")}
+    compared |= {(name, "z") for name in ("st_moe", "megatron", "nemo", "olmoe", "flaxformer")}
     # The communication loss is V2's own formula, worked by hand in test_losses_by_hand; ReMoE's carries its
     # own weight; expert choice has none.
     compared |= {("deepseek_v2", "device"), ("deepseek_v2", "communication"), ("remoe", "relu")}

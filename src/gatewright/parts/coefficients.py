@@ -135,6 +135,19 @@ CONVENTIONS: dict[str, dict[str, Convention]] = {
         "sequence_balance": Convention(f"seq_aux_loss, {_PER_LAYER}", None, True),
         "z": Convention(_PER_LAYER, None, True),
     },
+    "nemo": {
+        "balance": Convention(
+            f"Megatron's aux_loss, and Automodel's with softmax before top-k: {_PER_LAYER}", None, True
+        ),
+        "z": Convention(f"Megatron's; {_PER_LAYER}", None, True),
+    },
+    "torchtitan": {
+        "balance": Convention(
+            f"the loss per micro-batch, {_PER_LAYER}; load_balance_coeff is no loss but the bias's step u",
+            None,
+            True,
+        )
+    },
     "megablocks": {"balance": Convention("the same, mean over layers")},
     "flaxformer": {
         "balance": Convention(
