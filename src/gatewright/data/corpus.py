@@ -105,6 +105,10 @@ class Corpus:
         """Return where each training document ends in the tokens, after its end-of-text id: [documents]."""
         return np.asarray(self._train_ends, dtype=np.int64)
 
+    def train_ids(self) -> NDArray[np.int64]:
+        """Return all training tokens, document behind document as `train_ends` says: [train_tokens]."""
+        return np.asarray(self._train, dtype=np.int64)
+
     def stream(self, batch_size: int, context: int, *, seed: int = 0, fraction: float = 1.0) -> TokenStream:
         """Return the training stream over the first `fraction` (0 < fraction <= 1) of the training documents.
 
