@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gatewright.data import TokenStream, open_corpus
+from gatewright.data import Corpus, TokenStream, open_corpus
 from gatewright.experiments.descent import descend, drawn
 from gatewright.experiments.interference import Interference, quick_form, run_interference, verdict
 from gatewright.experiments.interference_text import ARMS, Joined, TextPlan, cost, domain_tokens, setback
@@ -88,13 +88,17 @@ def test_the_first_domains_rows_are_the_same_alone_and_joined():
     assert np.array_equal(late[2:], second.batch(2))
 
 
-def test_a_domains_tokens_are_its_documents_and_no_others(tmp_path: Path):
-    for name, word in (("one", "aaaa "), ("two", "bbbb ")):
-        (tmp_path / name).mkdir()
+def two_domains(folder: Path) -> Corpus:
+    for name, word in (("scripture", "aaaa "), ("code", "bbbb ")):
+        (folder / name).mkdir()
         for number in range(30):
-            (tmp_path / name / f"{number}.txt").write_text(word * 50 + f"{number}\n" * 3)
-    corpus = open_corpus([tmp_path / "one", tmp_path / "two"], cache=tmp_path / "cache")
-    for domain, letter, other in (("one", "a", "b"), ("two", "b", "a")):
+            (folder / name / f"{number}.txt").write_text(word * 50 + f"{number}\n" * 3)
+    return open_corpus([folder / "scripture", folder / "code"], cache=folder / "cache")
+
+
+def test_a_domains_tokens_are_its_documents_and_no_others(tmp_path: Path):
+    corpus = two_domains(tmp_path)
+    for domain, letter, other in (("scripture", "a", "b"), ("code", "b", "a")):
         tokens = domain_tokens(corpus, domain)
         assert (tokens == ord(letter)).sum() > 1000
         assert not (tokens == ord(other)).any()
@@ -137,8 +141,10 @@ def test_the_verdict_asks_for_both_halves(dense: float, net: float, held: bool):
 def test_a_short_run_writes_its_page_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     short = Interference(
         VowelPlan(seeds=2, rates=(0.05,), alone=5, both=5),
-        TextPlan(orders=(("scripture", "code"),), seeds=(0,), rates=(3e-3,), steps=2, every=1, rows=2, eval_bytes=600),
+        TextPlan(orders=(("scripture", "code"),), seeds=(0,), rates=(3e-3,), steps=2, every=1, rows=1, eval_bytes=600),
     )
+    corpus = two_domains(tmp_path)
+    monkeypatch.setattr("gatewright.experiments.interference_text.open_corpus", lambda *_, **__: corpus)
     record, page, pictures = run_interference(tmp_path, False, short)
     assert record["verdict"]["sentence"] in page
     assert pictures["setbacks"].stat().st_size > 1000

@@ -128,3 +128,11 @@ def test_a_run_without_averages_has_none_to_open(
 def test_numbers_below_one_are_refused(name: str):
     with pytest.raises(UserError, match=f"{name} 0; allowed: 1 or more"):
         EvalRun(**{name: 0})
+
+
+def test_experts_in_int8_are_evaluated_near_the_trained_ones(trained: Path):
+    plain, int8 = (evaluate_run(trained, EvalRun(eval_bytes=120, int8_experts=on)) for on in (False, True))
+    assert int8.bits_per_byte == pytest.approx(plain.bits_per_byte, rel=1e-2)
+    assert int8.bits_per_byte != plain.bits_per_byte
+    kinds = {type(m).__name__ for m in load_run(trained, int8_experts=True).model.modules()}
+    assert "Int8Experts" in kinds and "Experts" not in kinds

@@ -21,6 +21,7 @@ class GenerateSettings:
     top_k: int | None = None  # draw from this many of the likeliest tokens
     seed: int = 0  # of the draws
     averaged: bool = False  # use the averaged weights instead of the live ones
+    int8_experts: bool = False  # read the experts' weights in int8
     threads: int = 0  # CPU threads; 0 is torch's own choice
     device: str = "cpu"  # cpu, cuda, or cuda:N
 
@@ -41,7 +42,7 @@ def work(argv: list[str], common: Common, stdout: TextIO) -> Outcome:
     from ..generation import TextStream, stream
     from ..training.load import load_run
 
-    loaded = load_run(out, device=s.device, averaged=s.averaged)
+    loaded = load_run(out, device=s.device, averaged=s.averaged, int8_experts=s.int8_experts)
     model: Any = loaded.model
     start, reader, pieces = time.monotonic(), TextStream(loaded.tokenizer), [s.prompt]
     show = str if common.json else stdout.write

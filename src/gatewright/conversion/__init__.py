@@ -2,7 +2,7 @@
 
 from gatewright.conversion.experts import experts_forward
 from gatewright.conversion.install import NOT_COVERED, Placed, register_experts, use_in_transformers
-from gatewright.conversion.quantise import quantise_experts
+from gatewright.parts.quantise import quantise_experts
 
 __all__ = [
     "NOT_COVERED",

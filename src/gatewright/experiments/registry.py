@@ -14,6 +14,8 @@ from typing import Any
 from gatewright.errors import UserError, did_you_mean
 from gatewright.experiments.balance import CLAIM as BALANCE_CLAIM
 from gatewright.experiments.balance import run_balance
+from gatewright.experiments.int8_bits import CLAIM as INT8_CLAIM
+from gatewright.experiments.int8_bits import run_int8
 from gatewright.experiments.interference import CLAIM as INTERFERENCE_CLAIM
 from gatewright.experiments.interference import run_interference
 from gatewright.experiments.local_ensemble import CLAIM as ENSEMBLE_CLAIM
@@ -78,6 +80,7 @@ def _race_target(plan: RacePlan) -> Target:
 
 TARGETS: dict[str, Target] = {
     **{plan.name: _race_target(plan) for plan in (QUICKSTART, HOUR)},
+    "race/int8": Target("race/int8", INT8_CLAIM, run_int8),
     "switch/balance": Target("switch/balance", BALANCE_CLAIM, run_balance),
     "routers/compare": Target("routers/compare", COMPARE_CLAIM, run_compare),
     "local_experts/table1": Target("local_experts/table1", TABLE1_CLAIM, run_table1),

@@ -14,6 +14,7 @@ from gatewright.parts.linear_experts import LinearExperts
 from gatewright.parts.losses import LOSSES
 from gatewright.parts.nested_experts import ModuleExperts
 from gatewright.parts.noise import InputJitter, LogitNoise, SoftplusNoise, load_estimate
+from gatewright.parts.quantise import quantise_experts
 from gatewright.parts.router import Noise, Routed, Router
 from gatewright.parts.routing import (
     WEIGHT_FORMS,
@@ -91,6 +92,7 @@ __all__ = [
     "load_estimate",
     "load_loss",
     "make_plan",
+    "quantise_experts",
     "register",
     "router_info",
     "select_top",

@@ -28,6 +28,8 @@ class EvalRun:
     """bytes of validation text, spread evenly over the domains"""
     averaged: bool = False
     """evaluate the averaged weights instead of the live ones"""
+    int8_experts: bool = False
+    """evaluate with the experts' weights in int8"""
     batch_size: int = 16
     """sequences at a time"""
     threads: int = 0
@@ -78,7 +80,7 @@ def evaluate_run(out: str | Path, options: EvalRun | None = None) -> EvalResult:
     if options.threads:
         torch.set_num_threads(options.threads)
     with Progress("eval") as progress:
-        loaded = load_run(out, device=options.device, averaged=options.averaged)
+        loaded = load_run(out, device=options.device, averaged=options.averaged, int8_experts=options.int8_experts)
         run = loaded.run
         data = options.data or run.data
         saved = "bytes" if loaded.tokenizer.name == "bytes" else str(Path(out) / "tokenizer.json")

@@ -13,6 +13,7 @@ from torch import nn
 from gatewright.data import Tokenizer, load_tokenizer
 from gatewright.errors import UserError
 from gatewright.papers.registry import get_paper
+from gatewright.parts import quantise_experts
 from gatewright.training.checkpoint import newest_checkpoint
 from gatewright.training.checks import resolve_device
 from gatewright.training.precision import set_router_dtype
@@ -32,11 +33,13 @@ class LoadedRun:
     step: int
 
 
-def load_run(out: str | Path, *, device: str = "cpu", averaged: bool = False) -> LoadedRun:
+def load_run(
+    out: str | Path, *, device: str = "cpu", averaged: bool = False, int8_experts: bool = False
+) -> LoadedRun:
     """Return the newest whole checkpoint below `out`, a folder that `train` or one side of `race` wrote.
 
-    `averaged` takes the averaged weights instead of the live ones.
-    Raises: UserError if the folder holds no run; RunFailure if no checkpoint is whole.
+    `averaged` takes the averaged weights instead of the live ones; `int8_experts` reads the experts in int8.
+    Raises: UserError if the folder holds no run, and for int8 without experts; RunFailure if no checkpoint is whole.
     """
     out = Path(out)
     tables = read_run_settings(out)
@@ -58,6 +61,8 @@ def load_run(out: str | Path, *, device: str = "cpu", averaged: bool = False) ->
             value.copy_(weights[name])
     set_router_dtype(model, run.router_dtype)
     tokenizer = load_tokenizer(out / "tokenizer.json")
+    if int8_experts:
+        quantise_experts(model)
     return LoadedRun(model.to(place).eval(), tokenizer, run, settings, held.step)
 
 

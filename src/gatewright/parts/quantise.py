@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from gatewright.errors import UserError
-from gatewright.parts import Experts, Int8Experts, MoELayer
+from gatewright.parts.experts import Experts
+from gatewright.parts.int8_experts import Int8Experts
+from gatewright.parts.layer import MoELayer
 
 
 def quantise_experts(model: nn.Module) -> int:
