@@ -176,9 +176,26 @@ def _range(ratio: Mapping[str, float] | None) -> str:
     return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
+def against_block(record: Mapping[str, Any], source: str) -> str:
+    """Return how much faster both models' steps are than at an earlier commit, and where it was measured."""
+    told = [
+        f"a {name} step takes {own['here_ms']:.1f} ms and took {own['there_ms']:.1f} ms, {own['ratio']:.2f} "
+        f"({own['low']:.2f} to {own['high']:.2f}) times as long"
+        for name, own in record["models"].items()
+    ]
+    place, how = record["environment"], record["settings"]
+    return (
+        f"Against commit `{record['there']}`: {'; '.join(told)}.\n\n"
+        f"Measured with `{record['command']}` on {place['processor']}, {place['threads']} threads, torch "
+        f"{place['torch']}, {how['rounds']} rounds, commit `{place['commit']}`; every number is taken from "
+        f"`reproductions/{source}`.\n"
+    )
+
+
 BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "layer": bench_block,
     "routers": routers_block,
     "step": step_block,
     "decode": decode_block,
+    "against": against_block,
 }
