@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
+from gatewright.backbones.decoding import add_experts, attend_few, few_tokens
 from gatewright.backbones.norm import RMSNorm
 from gatewright.errors import UserError
 from gatewright.kernels import apply_linears
@@ -63,7 +64,12 @@ class Block(nn.Module):
         """Return the block's output and the Stats of its router (empty for a dense block); `key`,
         `token_ids` and `with_stats` are what MoELayer takes.
         """
-        attended = self.attention(self.attention_norm(x), cos, sin, cache)
+        few = cache is not None and not with_stats and few_tokens(x)
+        attended = attend_few(self, x, cos, sin, cache) if few and cache is not None else None
+        if attended is None:
+            attended = self.attention(self.attention_norm(x), cos, sin, cache)
+        if few and (done := add_experts(self, x, attended)) is not None:
+            return done, Stats()
         x, normed = self.feed_forward_norm.after_adding(x, attended)
         if isinstance(self.feed_forward, MoELayer):
             more = {"key": key, "token_ids": token_ids, "with_stats": with_stats}

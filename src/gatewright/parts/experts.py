@@ -141,6 +141,10 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    def weights(self) -> ExpertWeights:
+        """Return the stacked weights."""
+        return ExpertWeights(self.w_in, self.w_down, self.activation, self.b_in, self.b_down)
+
     def forward(
         self,
         x: Float[Tensor, "T D"],
@@ -154,7 +158,7 @@ class Experts(nn.Module):
 
         Args: `key` fixes the dropout of this call; None draws one from torch's own generator.
         """
-        weights = ExpertWeights(self.w_in, self.w_down, self.activation, self.b_in, self.b_down)
+        weights = self.weights()
         scale = self._hidden_scale(x, plan, key) if self.training and self.dropout else None
         return expert_mlp(x, plan, combine_weights, weights, backend, scale)
 

@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from gatewright.kernels.native.few import few_rows_maps
+from gatewright.kernels import native
+from gatewright.kernels.native.few import few_rows_maps, takes_few
 from gatewright.kernels.native.step import Maps
 from gatewright.parts.draws import runs_native
 
 
 def linear_maps(x: Float[Tensor, "T D"], weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return x times each weight [N, D], computed in `dtype`, out of autocast, as one multiplication."""
-    found = few_rows_maps(x, weights) if x.dtype == dtype else None
+    found = _of_few(x, weights, dtype)
     if found is not None:
         return tuple(found)
     with torch.autocast(x.device.type, enabled=False):
@@ -33,3 +34,12 @@ def linear_maps(x: Float[Tensor, "T D"], weights: Sequence[Tensor], dtype: torch
         joined = F.linear(x, torch.cat(weights))
     parts = joined.split([weight.shape[0] for weight in weights], dim=1)
     return tuple(part.contiguous() for part in parts)
+
+
+def _of_few(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor] | None:
+    """Return the maps of a few tokens, as in decoding; None for other calls."""
+    if x.dtype == dtype:
+        return few_rows_maps(x, weights)
+    if dtype != torch.float32 or not native.runs_for(x) or not takes_few(x.shape[0], x, *weights):
+        return None
+    return few_rows_maps(x.to(dtype), [weight.to(dtype) for weight in weights])

@@ -94,8 +94,8 @@ def _load() -> Status:
     except OSError as error:  # built, but not for this process: another torch, a missing symbol
         return Status(False, f"the built library cannot be loaded: {error}")
     # What autograd and compilers need to know.
-    from gatewright.kernels.native import attention, few, operators, optimizer, plan, route, step
+    from gatewright.kernels.native import attention, decode, few, operators, optimizer, plan, route, step
 
-    for brought in (operators, route, plan, step, attention, optimizer, few):
+    for brought in (operators, route, plan, step, attention, optimizer, few, decode):
         brought.register()
     return Status(True, f"matmuls: {torch.ops.gatewright.engine('')}")
