@@ -86,8 +86,9 @@ def bench_routers(run: RoutersRun, say: Callable[[str], None] | None = None) -> 
                 continue  # it computes every expert: its layer's time is not its router's
             # BASE solves an assignment problem: seconds, said so, and not worth eleven of them.
             rounds = 1 if info.name == "base" else run.rounds
-            rows.append(time_router(info, rounds, whole_layer=run.whole_layer))
-            say(router_line(rows[-1]))
+            for at_start in (False, True) if info.name == "remoe" else (False,):
+                rows.append(time_router(info, rounds, whole_layer=run.whole_layer, at_start=at_start))
+                say(router_line(rows[-1]))
         record = {
             "schema": "gatewright.bench.routers.v1",
             "command": command_line(),
@@ -111,25 +112,29 @@ def selected_by(info: RouterInfo) -> int:
 
 
 def time_router(
-    info: RouterInfo, rounds: int, tokens: int = TOKENS, whole_layer: bool = False
+    info: RouterInfo, rounds: int, tokens: int = TOKENS, whole_layer: bool = False, at_start: bool = False
 ) -> dict[str, Any]:
-    """Return the ratio of one router's time to plain token choice of the same K (2 for the dense rule)."""
+    """Return the ratio of one router's time to plain token choice of the same K (2 for the dense rule).
+
+    ReMoE uses K experts per token on average, as its penalty makes it, or half of all `at_start`.
+    """
     selected = selected_by(info)
     plain = "token_choice_raw" if selected == 1 else "token_choice"
     of_plain = NUM_SELECTED if selected == NUM_EXPERTS else selected
     turn = _layer_side if whole_layer else _side
-    sides = {PLAIN: turn(plain, tokens, of_plain), OWN: turn(info.name, tokens, selected)}
+    sides = {PLAIN: turn(plain, tokens, of_plain), OWN: turn(info.name, tokens, selected, at_start)}
     for side in sides.values():
         side.call()
     seconds = time_rounds(sides, rounds, time.perf_counter)
     found = paired(seconds[OWN], seconds[PLAIN])
     shown = {"ratio": found.median, "low": found.low, "high": found.high}
-    return {"router": info.name, "num_selected": selected, **shown, "seconds": seconds}
+    name = f"{info.name} at its start" if at_start else info.name
+    return {"router": name, "num_selected": selected, **shown, "seconds": seconds}
 
 
-def _side(name: str, tokens: int, num_selected: int) -> Turn:
+def _side(name: str, tokens: int, num_selected: int, at_start: bool = False) -> Turn:
     """Return a turn that does all that a layer does but its experts: tokens to plan and record, and back."""
-    layer, x, ids, key = _layer(name, tokens, num_selected, expert_width=1)
+    layer, x, ids, key = _layer(name, tokens, num_selected, 1, at_start)
 
     def run() -> None:
         flat, call = layer._call(x, None, key, ids)
@@ -145,9 +150,9 @@ def _side(name: str, tokens: int, num_selected: int) -> Turn:
     return Turn(run, lambda: None)
 
 
-def _layer_side(name: str, tokens: int, num_selected: int) -> Turn:
+def _layer_side(name: str, tokens: int, num_selected: int, at_start: bool = False) -> Turn:
     """Return a turn that takes a whole layer of narrow experts forward and backward once."""
-    layer, x, ids, key = _layer(name, tokens, num_selected, expert_width=WIDTH)
+    layer, x, ids, key = _layer(name, tokens, num_selected, WIDTH, at_start)
 
     def run() -> None:
         y, stats = layer(x, key=key, token_ids=ids)
@@ -158,7 +163,7 @@ def _layer_side(name: str, tokens: int, num_selected: int) -> Turn:
 
 
 def _layer(
-    name: str, tokens: int, num_selected: int, expert_width: int
+    name: str, tokens: int, num_selected: int, expert_width: int, at_start: bool
 ) -> tuple[MoELayer, Tensor, Tensor, Tensor]:
     """Return a layer with this router, its tokens [T, D], their ids and the key of its noise."""
     with torch.random.fork_rng(devices=[]):
@@ -167,5 +172,17 @@ def _layer(
         layer = MoELayer(WIDTH, num_experts, num_selected, expert_width, router=name)
         with torch.no_grad():
             layer.router.weight.normal_(std=WIDTH**-0.5)
-        x = torch.randn(tokens, WIDTH, requires_grad=True)
-        return layer, x, torch.randint(256, (tokens,)), torch.tensor(1)
+        x = torch.randn(tokens, WIDTH)
+        if name == "remoe" and not at_start:
+            _settle(layer, x, num_selected)
+        return layer, x.requires_grad_(), torch.randint(256, (tokens,)), torch.tensor(1)
+
+
+@torch.no_grad()
+def _settle(layer: MoELayer, x: Tensor, num_selected: int) -> None:
+    """Lower all logits until K of a token's experts are above 0 on average: x's first number becomes 1."""
+    x[:, 0] = 1.0
+    logits = x @ layer.router.weight.t()
+    layer.router.weight[:, 0] -= logits.flatten().kthvalue(
+        logits.numel() - num_selected * x.shape[0]
+    ).values
