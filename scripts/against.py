@@ -60,12 +60,16 @@ def summary(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 def git(*words: str) -> str:
     """Return what git says."""
-    return subprocess.run(("git", *words), cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ("git", *words), cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Time, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("commit")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=819_200)

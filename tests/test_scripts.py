@@ -64,19 +64,33 @@ def test_figures_come_from_the_record(tmp_path: Path):
 def test_two_commits_are_compared_within_rounds():
     log = "\n".join(
         json.dumps({"kind": kind, "step": step, "step_seconds": took})
-        for kind, step, took in (("step", 10, 9.0), ("step", 30, 0.2), ("evaluation", 30, 5.0), ("step", 40, 0.4))
+        for kind, step, took in (
+            ("step", 10, 9.0),
+            ("step", 30, 0.2),
+            ("evaluation", 30, 5.0),
+            ("step", 40, 0.4),
+        )
     )
     assert against.step_seconds(log, warm=20) == pytest.approx(0.3)
     # Ratios 2, 3 and 2 within rounds; the medians alone, 0.4 over 0.2, would hide the second.
     turns = [(0.4, 0.2), (0.9, 0.3), (0.2, 0.1)]
-    rounds = [{"there": dict.fromkeys(against.MODELS, a), "here": dict.fromkeys(against.MODELS, b)} for a, b in turns]
+    rounds = [
+        {"there": dict.fromkeys(against.MODELS, a), "here": dict.fromkeys(against.MODELS, b)}
+        for a, b in turns
+    ]
     found = against.summary(rounds)
     assert {name: (own["ratio"], own["low"]) for name, own in found.items()} == {
         name: pytest.approx((2.0, 2.0)) for name in against.MODELS
     }
     assert found["dense"]["high"] == pytest.approx(3.0)
     place = {"processor": "toy", "threads": 2, "torch": "2.13.0", "commit": "abc"}
-    record = {"there": "def", "models": found, "environment": place, "command": "run it", "settings": {"rounds": 3}}
+    record = {
+        "there": "def",
+        "models": found,
+        "environment": place,
+        "command": "run it",
+        "settings": {"rounds": 3},
+    }
     text = bench_figures.BLOCKS["against"](record, "toy.json")
     assert "a sparse step takes 200.0 ms and took 400.0 ms, 2.00 (2.00 to 3.00) times as long" in text
 

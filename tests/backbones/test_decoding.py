@@ -132,9 +132,7 @@ def test_global_hooks_see_every_module(calls: list[str]):
         lambda: MoELayer(D, 4, 2, 16, router_dtype=torch.bfloat16),
     ],
 )
-def test_other_layers_are_computed_as_they_are(
-    layer: Any, calls: list[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_other_layers_are_computed_as_they_are(layer: Any, calls: list[str], monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(3)
     model = decoder(layers=[layer()])
     found, _ = steps(model, 2, [2, 1])

@@ -15,7 +15,8 @@ from gatewright.training.evaluate import EvalResult, EvalRun
 @pytest.mark.parametrize(("int8", "held"), [([1.0009, 2.0], True), ([1.0, 2.0011], False)])
 def test_the_worst_seed_decides(int8: list[float], held: bool):
     seeds = [
-        {"as_trained": {"all": plain}, "int8": {"all": own}} for plain, own in zip([1.0, 2.0], int8, strict=True)
+        {"as_trained": {"all": plain}, "int8": {"all": own}}
+        for plain, own in zip([1.0, 2.0], int8, strict=True)
     ]
     assert verdict({"seeds": seeds})["held"] == held
 

@@ -65,7 +65,12 @@ def test_the_first_pair_is_measured_from_the_switch_on():
     x, d = (part[torch.from_numpy(own)] for part in READINGS["A"].cases(vowels))
     settings = READINGS["A"].settings("back-propagation-6", plan.init)
     alone = descend(
-        [drawn(lambda: PAPER.build(settings), 1)], PAPER.objective(settings), (x, d), [0.05], limit=40, reached=0.0
+        [drawn(lambda: PAPER.build(settings), 1)],
+        PAPER.objective(settings),
+        (x, d),
+        [0.05],
+        limit=40,
+        reached=0.0,
     )
     found = record["[i], [I] first"]["back-propagation-6"]["0.05"]["switch"][1]
     assert found == pytest.approx(float(alone.squared_error[0]), rel=1e-9)
@@ -141,7 +146,15 @@ def test_the_verdict_asks_for_both_halves(dense: float, net: float, held: bool):
 def test_a_short_run_writes_its_page_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     short = Interference(
         VowelPlan(seeds=2, rates=(0.05,), alone=5, both=5),
-        TextPlan(orders=(("scripture", "code"),), seeds=(0,), rates=(3e-3,), steps=2, every=1, rows=1, eval_bytes=600),
+        TextPlan(
+            orders=(("scripture", "code"),),
+            seeds=(0,),
+            rates=(3e-3,),
+            steps=2,
+            every=1,
+            rows=1,
+            eval_bytes=600,
+        ),
     )
     corpus = two_domains(tmp_path)
     monkeypatch.setattr("gatewright.experiments.interference_text.open_corpus", lambda *_, **__: corpus)

@@ -85,9 +85,7 @@ def add_experts(
     held = experts.weights()
     if held.scale_in is None and held.w_in.dtype not in (x.dtype, torch.float32):
         return None
-    return decode_experts(
-        x, added, norm.weight, norm.eps, router.weight.contiguous(), scores, top, held
-    )
+    return decode_experts(x, added, norm.weight, norm.eps, router.weight.contiguous(), scores, top, held)
 
 
 def _plain(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:

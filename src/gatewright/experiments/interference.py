@@ -47,7 +47,9 @@ def quick_form(plan: Interference) -> Interference:
     return Interference(replace(plan.vowels, seeds=3, rates=plan.vowels.rates[1:2]), text)
 
 
-def run_interference(work: Path, quick: bool, plan: Interference = PLAN) -> tuple[Record, str, dict[str, Path]]:
+def run_interference(
+    work: Path, quick: bool, plan: Interference = PLAN
+) -> tuple[Record, str, dict[str, Path]]:
     """Return the record, its page and its picture."""
     plan = quick_form(plan) if quick else plan
     work.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,9 @@ def run_text(plan: TextPlan, work: Path) -> Record:
                 progress.update(done / total, f"{name}: {arm.name}, seed {seed}")
                 one: Record = {"seed": seed, "rate": best}
                 for kind, switch in (("joined", plan.steps), ("stayed", None)):
-                    job = partial(_train, plan, arm, corpus, streams, order, seed, best, switch, 2 * plan.steps)
+                    job = partial(
+                        _train, plan, arm, corpus, streams, order, seed, best, switch, 2 * plan.steps
+                    )
                     one[kind] = _kept(plan, work, corpus, arm, order, seed, best, kind, job)
                 own.append(one)
                 done += 3

@@ -43,9 +43,7 @@ def run_vowels(plan: VowelPlan) -> Record:
     on the first pair by epoch since the switch}}}}.
     """
     return {
-        order: {
-            size: {f"{rate:g}": _run(plan, size, rate, first) for rate in plan.rates} for size in SYSTEMS
-        }
+        order: {size: {f"{rate:g}": _run(plan, size, rate, first) for rate in plan.rates} for size in SYSTEMS}
         for order, (first, _) in PAIRS.items()
     }
 

@@ -85,9 +85,7 @@ TARGETS: dict[str, Target] = {
     "routers/compare": Target("routers/compare", COMPARE_CLAIM, run_compare),
     "local_experts/table1": Target("local_experts/table1", TABLE1_CLAIM, run_table1),
     "local_experts/ensemble": Target("local_experts/ensemble", ENSEMBLE_CLAIM, run_ensemble),
-    "local_experts/interference": Target(
-        "local_experts/interference", INTERFERENCE_CLAIM, run_interference
-    ),
+    "local_experts/interference": Target("local_experts/interference", INTERFERENCE_CLAIM, run_interference),
     **{name: Target(name, claim, run) for name, (claim, run) in FIGURES.items()},
 }
 

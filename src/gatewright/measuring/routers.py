@@ -183,6 +183,4 @@ def _settle(layer: MoELayer, x: Tensor, num_selected: int) -> None:
     """Lower all logits until K of a token's experts are above 0 on average: x's first number becomes 1."""
     x[:, 0] = 1.0
     logits = x @ layer.router.weight.t()
-    layer.router.weight[:, 0] -= logits.flatten().kthvalue(
-        logits.numel() - num_selected * x.shape[0]
-    ).values
+    layer.router.weight[:, 0] -= logits.flatten().kthvalue(logits.numel() - num_selected * x.shape[0]).values

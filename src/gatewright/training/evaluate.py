@@ -80,7 +80,9 @@ def evaluate_run(out: str | Path, options: EvalRun | None = None) -> EvalResult:
     if options.threads:
         torch.set_num_threads(options.threads)
     with Progress("eval") as progress:
-        loaded = load_run(out, device=options.device, averaged=options.averaged, int8_experts=options.int8_experts)
+        loaded = load_run(
+            out, device=options.device, averaged=options.averaged, int8_experts=options.int8_experts
+        )
         run = loaded.run
         data = options.data or run.data
         saved = "bytes" if loaded.tokenizer.name == "bytes" else str(Path(out) / "tokenizer.json")

@@ -25,7 +25,9 @@ def draw_setbacks(panels: Mapping[str, Mapping[str, Line]], path: Path) -> None:
             for number, (name, points) in enumerate(lines.items()):
                 stayed = name.endswith("stayed")
                 colour = theme.cycle[(number // 2 if "," in name else number) % len(theme.cycle)]
-                axes.plot(*zip(*points, strict=True), color=colour, linestyle="--" if stayed else "-", label=name)
+                axes.plot(
+                    *zip(*points, strict=True), color=colour, linestyle="--" if stayed else "-", label=name
+                )
             axes.set_title(title, fontsize=9)
             axes.grid(axis="y")
             axes.legend(fontsize=7.5)

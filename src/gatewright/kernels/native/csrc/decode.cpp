@@ -1,5 +1,6 @@
 // Half a block of a decoder for a few tokens, as one operator each: the very operators that Python would call one
 // by one, so that the numbers are the same bits and only the calls are saved.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
