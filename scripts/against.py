@@ -67,9 +67,7 @@ def git(*words: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Time, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Time the race's models at another commit and here.")
     parser.add_argument("commit")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=819_200)

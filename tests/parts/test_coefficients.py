@@ -133,7 +133,7 @@ def deepseek_sequences(layers: list[Tensor], k: int, alpha: float) -> Tensor:
 
 
 def automodel(layers: list[Tensor], k: int, coefficient: float) -> Tensor:
-    """Return sum(f_i P_i), f_i = load * E / (topk * tokens), of each gate; times the tokens, then over them."""
+    """Return sum(f_i P_i), f_i = load * E / (topk * tokens), per gate; times the tokens, then over them."""
     total = torch.zeros((), dtype=torch.float64)
     for scores in layers:
         f = hits(scores, k) * E / (k * len(scores))
@@ -142,7 +142,7 @@ def automodel(layers: list[Tensor], k: int, coefficient: float) -> Tensor:
 
 
 def torchtitan(layers: list[Tensor], k: int, coefficient: float) -> Tensor:
-    """Return T * L_bal of each layer over the step's valid tokens: f_i = E / (K T) hits, p_i of scores / sum."""
+    """Return T * L_bal of each layer over the valid tokens: f_i = E / (K T) hits, p_i of scores / sum."""
     total = torch.zeros((), dtype=torch.float64)
     for scores in layers:
         share = scores / scores.sum(dim=-1, keepdim=True)

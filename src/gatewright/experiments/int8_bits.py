@@ -51,8 +51,8 @@ def verdict(record: Record) -> Record:
     held = max(losses) <= LEAST
     return {
         "held": held,
-        "sentence": f"{'held' if held else 'did not hold'}: experts in int8 cost at most {max(losses):.5f} bits "
-        f"per byte over {len(losses)} seeds",
+        "sentence": f"{'held' if held else 'did not hold'}: experts in int8 cost at most {max(losses):.5f} "
+        f"bits per byte over {len(losses)} seeds",
     }
 
 
@@ -76,8 +76,8 @@ def int8_page(record: Record) -> str:
         "|--:|---|" + "--:|" * len(names),
         *rows,
         "",
-        f"Bits per byte on {record['seeds'][0]['num_bytes']:,} bytes of validation text; the models are those of "
-        "`gatewright reproduce race/quickstart`.",
+        f"Bits per byte on {record['seeds'][0]['num_bytes']:,} bytes of validation text; the models are "
+        "those of `gatewright reproduce race/quickstart`.",
         "",
         f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
         f"{where['threads']} threads, {where['processor']}, {record['created']}.",

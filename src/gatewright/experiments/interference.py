@@ -73,7 +73,7 @@ def verdict(record: Record) -> Record:
 
 
 def _curves(record: Record) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Return what is drawn: {panel: {line: [(x, y)]}}, the error on what was learned first since the switch."""
+    """Return {panel: {line: [(x, y)]}}: the error on what was learned first, since the switch."""
     plan = record["plan"]
     order, systems = next(iter(record["vowels"].items()))
     rate = next(r for r in (f"{r:g}" for r in plan["vowels"]["rates"]) if r in systems[SYSTEMS[0]])
@@ -109,15 +109,16 @@ def interference_page(record: Record) -> str:
         "",
         f"**{record['verdict']['sentence']}**",
         "",
-        f"![error on what was learned first](local_experts-interference{'-quick' if quick else ''}-setbacks.png)",
+        "![error on what was learned first]"
+        f"(local_experts-interference{'-quick' if quick else ''}-setbacks.png)",
         "",
         "## Vowels",
         "",
         f"{vowels['alone']} updates on one pair of vowels, then {vowels['both']} on both; seeds 0 to "
-        f"{vowels['seeds'] - 1}; reading A of table 1, the gradient summed over the cases. Setback: how far the "
-        "mean squared error on the first pair's training cases rises above what it was when the other pair came; "
-        "in brackets the cost, its error at the end over that of as many more updates on the first pair alone. "
-        "Means over seeds.",
+        f"{vowels['seeds'] - 1}; reading A of table 1, the gradient summed over the cases. Setback: how far "
+        "the mean squared error on the first pair's training cases rises above what it was when the other "
+        "pair came; in brackets the cost, its error at the end over that of as many more updates on the "
+        "first pair alone. Means over seeds.",
         "",
         "| " + " | ".join(head) + " |",
         "|---|---" + "|--:" * len(SYSTEMS) + "|",
@@ -125,9 +126,9 @@ def interference_page(record: Record) -> str:
         "",
         "## Text",
         "",
-        f"{text['steps']} steps of {text['rows']} rows of 256 bytes on one domain, then as many with as many rows "
-        "of a second domain added to them; 16 experts of width 128, two per token, against one layer of equal "
-        "FLOPs. Each side at its best rate for the first domain. Cost: bits per byte on the first domain's "
+        f"{text['steps']} steps of {text['rows']} rows of 256 bytes on one domain, then as many with as "
+        "many rows of a second domain added to them; 16 experts of width 128, two per token, against one layer of "
+        "equal FLOPs. Each side at its best rate for the first domain. Cost: bits per byte on the first domain's "
         "held-out text at the end, over those of the same run that stayed with the first domain alone.",
         "",
         "| order | side | rate | cost by seed | mean | setback, mean | at the switch | at the end |",

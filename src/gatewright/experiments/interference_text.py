@@ -129,7 +129,7 @@ def _train(
     switch: int | None,
     steps: int,
 ) -> Record:
-    """Return the bits per byte on the first domain's held-out text at the switch, along the way, at the end."""
+    """Return the bits per byte on the first domain's held-out text: at the switch, on the way, at the end."""
     # Both halves lie on one schedule of twice the steps, so that staying and joining differ in text alone.
     shared = Plan((arm,), arm.name, rows=plan.rows, steps=2 * plan.steps, learning_rate=rate)
     model = build(shared, arm, corpus.tokenizer.vocab_size, seed)
@@ -159,7 +159,8 @@ def judge_text(runs: Record) -> Record:
             found.append(cost(sparse) < cost(dense))
     return {
         "held": all(found),
-        "sentence": f"text: the second domain costs the sparse decoder less in {sum(found)} of {len(found)} runs",
+        "sentence": f"text: the second domain costs the sparse decoder less in {sum(found)} of {len(found)} "
+        "runs",
     }
 
 

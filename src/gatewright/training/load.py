@@ -39,7 +39,8 @@ def load_run(
     """Return the newest whole checkpoint below `out`, a folder that `train` or one side of `race` wrote.
 
     `averaged` takes the averaged weights instead of the live ones; `int8_experts` reads the experts in int8.
-    Raises: UserError if the folder holds no run, and for int8 without experts; RunFailure if no checkpoint is whole.
+    Raises: UserError if the folder holds no run, and for int8 without experts; RunFailure if no checkpoint
+    is whole.
     """
     out = Path(out)
     tables = read_run_settings(out)
