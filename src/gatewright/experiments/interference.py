@@ -126,9 +126,9 @@ def interference_page(record: Record) -> str:
         "",
         "## Text",
         "",
-        f"{text['steps']} steps of {text['rows']} rows of 256 bytes on one domain, then as many with as "
-        "many rows of a second domain added to them; 16 experts of width 128, two per token, against one layer of "
-        "equal FLOPs. Each side at its best rate for the first domain. Cost: bits per byte on the first domain's "
+        f"{text['steps']} steps of {text['rows']} rows of 256 bytes on one domain, then as many with as many "
+        "rows of a second domain added; 16 experts of width 128, two per token, against one layer of equal "
+        "FLOPs. Each side at its best rate for the first domain. Cost: bits per byte on the first domain's "
         "held-out text at the end, over those of the same run that stayed with the first domain alone.",
         "",
         "| order | side | rate | cost by seed | mean | setback, mean | at the switch | at the end |",

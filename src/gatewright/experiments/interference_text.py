@@ -112,7 +112,11 @@ def _kept(
     kind: str,
     job: Any,
 ) -> Record:
-    settings = {"plan": dataclasses.asdict(plan), "arm": dataclasses.asdict(arm), "order": list(order)}
+    settings: Record = {
+        "plan": dataclasses.asdict(plan),
+        "arm": dataclasses.asdict(arm),
+        "order": list(order),
+    }
     settings |= {"seed": seed, "rate": rate, "kind": kind, "text": corpus.fingerprint}
     path = work / f"{'-'.join(order)}-{arm.name}-{kind}-{seed}-{rate:g}.json"
     return kept(path, settings, job)
