@@ -112,12 +112,8 @@ def _kept(
     kind: str,
     job: Any,
 ) -> Record:
-    settings: Record = {
-        "plan": dataclasses.asdict(plan),
-        "arm": dataclasses.asdict(arm),
-        "order": list(order),
-    }
-    settings |= {"seed": seed, "rate": rate, "kind": kind, "text": corpus.fingerprint}
+    settings: Record = {"plan": dataclasses.asdict(plan), "arm": dataclasses.asdict(arm)}
+    settings |= {"order": list(order), "seed": seed, "rate": rate, "kind": kind, "text": corpus.fingerprint}
     path = work / f"{'-'.join(order)}-{arm.name}-{kind}-{seed}-{rate:g}.json"
     return kept(path, settings, job)
 
