@@ -47,9 +47,9 @@ def test_a_continued_run_goes_on_where_it_was():
     torch.testing.assert_close(error, whole.squared_error)
 
 
-def test_the_first_pair_is_measured_from_the_switch_on():
+def test_the_first_pair_is_measured_from_the_switch_on(tmp_path: Path):
     plan = VowelPlan(seeds=2, rates=(0.05,), alone=40, both=30)
-    record = run_vowels(plan)
+    record = run_vowels(plan, tmp_path)
     assert list(record) == list(PAIRS)
     for systems in record.values():
         assert list(systems) == list(SYSTEMS)

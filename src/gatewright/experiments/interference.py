@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from gatewright.experiments.interference_vowels import (
     run_vowels,
     setbacks,
 )
-from gatewright.experiments.lab import kept
 from gatewright.inspection.plots.setbacks import draw_setbacks
 from gatewright.training.workplace import environment, now
 
@@ -52,10 +50,8 @@ def run_interference(
 ) -> tuple[Record, str, dict[str, Path]]:
     """Return the record, its page and its picture."""
     plan = quick_form(plan) if quick else plan
-    work.mkdir(parents=True, exist_ok=True)
-    settings = {"plan": asdict(plan.vowels)}
     record: Record = {"schema": "gatewright.interference.v1", "plan": asdict(plan)}
-    record["vowels"] = kept(work / "vowels.json", settings, partial(run_vowels, plan.vowels))
+    record["vowels"] = run_vowels(plan.vowels, work)
     record["text"] = run_text(plan.text, work)
     record |= {"target": "local_experts/interference", "claim": CLAIM, "quick": quick}
     record |= {"environment": environment("cpu"), "created": now(), "verdict": verdict(record)}

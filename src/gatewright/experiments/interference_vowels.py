@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch.func import functional_call, vmap
 
 from gatewright.data.vowels import peterson_barney
 from gatewright.experiments.descent import Descent, descend, drawn
+from gatewright.experiments.lab import kept
 from gatewright.experiments.vowel_runs import READINGS, TRAIN
 from gatewright.papers import get_paper
+from gatewright.training.runlog import Progress
 
 Record = dict[str, Any]
 
@@ -38,14 +41,21 @@ class VowelPlan:
     init: float = 0.1
 
 
-def run_vowels(plan: VowelPlan) -> Record:
+def run_vowels(plan: VowelPlan, work: Path) -> Record:
     """Return {order: {system: {rate: {"switch", "most", "end", "stayed": one per seed, "path": mean error
-    on the first pair by epoch since the switch}}}}.
+    on the first pair by epoch since the switch}}}}; what is finished below `work` is kept.
     """
-    return {
-        order: {size: {f"{rate:g}": _run(plan, size, rate, first) for rate in plan.rates} for size in SYSTEMS}
-        for order, (first, _) in PAIRS.items()
-    }
+    work.mkdir(parents=True, exist_ok=True)
+    found: Record = {}
+    jobs = [(order, size, rate) for order in PAIRS for size in SYSTEMS for rate in plan.rates]
+    with Progress("local_experts/interference") as progress:
+        for place, (order, size, rate) in enumerate(jobs):
+            progress.update(place / len(jobs), f"vowels, {order}: {size} at step size {rate:g}")
+            settings = {"plan": asdict(plan), "order": order, "size": size, "rate": rate}
+            path = work / f"vowels-{place}.json"
+            own = kept(path, settings, partial(_run, plan, size, rate, PAIRS[order][0]))
+            found.setdefault(order, {}).setdefault(size, {})[f"{rate:g}"] = own
+    return found
 
 
 def _run(plan: VowelPlan, size: str, rate: float, first: tuple[int, int]) -> Record:
