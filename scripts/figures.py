@@ -46,6 +46,8 @@ def block(name: str, root: Path) -> str:
         return bench_figures.BLOCKS[words[2]](record, path.name)
     if words[:2] == ["gatewright", "table1"]:
         return table1_block(record, path.name)
+    if words[:2] == ["gatewright", "hme"]:
+        return hme_block(record, path.name)
     if "arms" in record:
         return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.
@@ -117,6 +119,30 @@ def table1_block(record: Mapping[str, Any], source: str) -> str:
                 f"| {name} | {size} | {own['rate']:g} | {epochs} | {got['train_percent']:.1f} "
                 f"| {got['test_percent']:.1f} | {got['reached']} of {runs} |"
             )
+    place = record["environment"]
+    lines += [
+        "",
+        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
+        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
+        f"taken from `reproductions/{source}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def hme_block(record: Mapping[str, Any], source: str) -> str:
+    """Return table 1 of 1994 as a sentence, a row per system, and where it was measured."""
+    lines = [f"The expectation {record['verdict']['sentence']}.", ""]
+    lines += [
+        "| system | relative error, mean and SD | the paper's | epochs | the paper's |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, own in record["systems"].items():
+        got, (error, epochs) = own["summary"], record["paper"][name]
+        spread = "" if got["error_sd"] is None else f" ± {got['error_sd']:.3f}"
+        passes = ["-", "-"] if epochs is None else [f"{got['epochs_mean']:.0f}", str(epochs)]
+        lines.append(
+            f"| {name} | {got['error_mean']:.3f}{spread} | {error:.2f} | {passes[0]} | {passes[1]} |"
+        )
     place = record["environment"]
     lines += [
         "",

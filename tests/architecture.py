@@ -24,7 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": LOW | {"evaluation", "inspection", "parallel"},
     "measuring": LOW | {"inspection", "evaluation", "training", "conversion", "experiments"},
     "generation": LOW | {"evaluation", "training"},
-    "experiments": LOW | {"evaluation", "inspection", "training", "parallel", "conversion", "generation"},
+    "estimators": LOW | {"training"},
+    "experiments": LOW
+    | {"evaluation", "inspection", "training", "parallel", "conversion", "generation", "estimators"},
     "doctor": LOW,
     "testing": LOW,
     "cli": LOW
@@ -35,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
         "conversion",
         "generation",
+        "estimators",
         "experiments",
         "measuring",
         "doctor",
@@ -46,6 +49,7 @@ HOME_OF = {
     "tyro": "cli",
     "tensorboard": "training",
     "transformers": "conversion",
+    "sklearn": "estimators",
 }
 PARTS_NEVER = {"logging", "torch.distributed", "tyro", "rich", "argparse"}
 OBJECTIVES_SEE = {

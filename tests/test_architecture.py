@@ -73,6 +73,12 @@ def test_the_oracle_stands_alone():
         ("parts/a.py", "from transformers import AutoModel", "transformers belongs to conversion"),
         ("conversion/a.py", "from gatewright.training import loop", "conversion may import"),
         (
+            "experiments/a.py",
+            "from sklearn.tree import DecisionTreeRegressor",
+            "sklearn belongs to estimators",
+        ),
+        ("estimators/a.py", "from gatewright.experiments import lab", "estimators may import"),
+        (
             "papers/a.py",
             "from torch.utils.tensorboard import SummaryWriter",
             "tensorboard belongs to training",
@@ -176,7 +182,16 @@ def loaded_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-HEAVY = ("transformers", "matplotlib", "tensorboard", "tyro", "rich", "gatewright.cli", "gatewright.data")
+HEAVY = (
+    "transformers",
+    "sklearn",
+    "matplotlib",
+    "tensorboard",
+    "tyro",
+    "rich",
+    "gatewright.cli",
+    "gatewright.data",
+)
 COMPILERS = ("torch._inductor", "torch.utils.cpp_extension", "triton")
 
 

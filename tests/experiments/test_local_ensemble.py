@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from gatewright.experiments.descent import descend, drawn
+from gatewright.experiments.descent import descend
 from gatewright.experiments.local_ensemble import ARMS, Ensemble, run_ensemble, verdict
 from gatewright.experiments.vowel_runs import READINGS, TRAIN, peterson_barney
 from gatewright.papers import get_paper
+from gatewright.training.seeded import drawn
 
 PAPER = get_paper("local_experts")
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from gatewright.experiments import local_figures
-from gatewright.experiments.descent import descend, drawn
+from gatewright.experiments.descent import descend
 from gatewright.experiments.local_figures import Figure, feet, figure_target, percent_right, together, verdict
 from gatewright.papers import get_paper
+from gatewright.training.seeded import drawn
 
 
 def test_a_foot_lies_on_its_line_and_nearest_to_the_origin():

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from gatewright.backbones import MixtureOutput
 from gatewright.experiments import local_table1, registry, vowel_runs
-from gatewright.experiments.descent import descend, drawn
+from gatewright.experiments.descent import descend
 from gatewright.experiments.local_table1 import Table1, run_table1, verdict
 from gatewright.experiments.registry import reproduce
 from gatewright.experiments.t_test import t_test, upper_tail
 from gatewright.experiments.vowel_runs import READINGS, best_rate
 from gatewright.papers import get_paper
+from gatewright.training.seeded import drawn
 
 PAPER = get_paper("local_experts")
 # Large first weights: their error is above 0.25, the one of knowing nothing, which is soon reached.

@@ -7,6 +7,7 @@ from gatewright.backbones.cost import Cost, count_cost, on_no_memory
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.pattern import moe_pattern, per_layer
 from gatewright.backbones.transformer import Block, Decoder, DecoderOutput, KVCache
+from gatewright.backbones.tree import ExpertTree
 
 __all__ = [
     "Attention",
@@ -14,6 +15,7 @@ __all__ = [
     "Cost",
     "Decoder",
     "DecoderOutput",
+    "ExpertTree",
     "HiddenLayer",
     "KVCache",
     "LayerCache",

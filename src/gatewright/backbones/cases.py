@@ -43,7 +43,7 @@ class Mixture(nn.Module):
         gate_init: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_bounds(init, gate_init)
+        check_bounds(init, gate_init)
         self.experts = LinearExperts(width, num_experts, num_outputs, squash)
         dense = build_router("dense", width, num_experts, num_experts)
         self.router = Router(width, num_experts, rule=dense.rule, bias=True)
@@ -80,7 +80,7 @@ class HiddenLayer(nn.Module):
             raise UserError(
                 f"width {width}, hidden_width {hidden_width}, num_outputs {num_outputs}; allowed: 1 or more"
             )
-        _check_bounds(init, 0.0)
+        check_bounds(init, 0.0)
         self.squash = check_squash(squash)
         self.hidden, self.output = nn.Linear(width, hidden_width), nn.Linear(hidden_width, num_outputs)
         for own in self.parameters():
@@ -92,7 +92,8 @@ class HiddenLayer(nn.Module):
         return MixtureOutput(y.unsqueeze(-2), y.new_zeros(*y.shape[:-1], 1), y)
 
 
-def _check_bounds(init: float, gate_init: float) -> None:
+def check_bounds(init: float, gate_init: float) -> None:
+    """Raise UserError for bounds of first weights that no model can start from."""
     if not init > 0:
         raise UserError(
             f"init {init}; allowed: above 0; experts that start equal stay equal, as does a hidden layer"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from gatewright.backbones import MixtureOutput
-from gatewright.objectives import CaseError
+from gatewright.objectives import Loss
 
 # Shown before each update: the epoch, which runs still go on [R'], and their weights [R', ...].
 Watch = Callable[[int, Tensor, Mapping[str, Tensor]], None]
@@ -36,16 +36,9 @@ class Descent:
             return vmap(lambda own: functional_call(self.model, own, (x,)))(dict(self.weights))
 
 
-def drawn(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Return a model drawn from its seed, in fp64; torch's own generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build().double()
-
-
 def descend(
     models: Sequence[nn.Module],
-    objective: CaseError,
+    objective: Callable[[MixtureOutput, Tensor], Loss],
     cases: tuple[Tensor, Tensor],
     rates: Sequence[float],
     *,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from gatewright.data.vowels import peterson_barney
-from gatewright.experiments.descent import descend, drawn
+from gatewright.experiments.descent import descend
 from gatewright.experiments.vowel_runs import READINGS, TEST, TRAIN, percents_right
 from gatewright.inspection.plots.errors import draw_errors
 from gatewright.papers import get_paper
+from gatewright.training.seeded import drawn
 from gatewright.training.workplace import environment, now
 
 Record = dict[str, Any]

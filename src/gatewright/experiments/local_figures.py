@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gatewright.data.vowels import peterson_barney
-from gatewright.experiments.descent import Descent, descend, drawn
+from gatewright.experiments.descent import Descent, descend
 from gatewright.experiments.vowel_runs import ALIVE, READINGS, TRAIN
 from gatewright.inspection.plots.lines import draw_lines, draw_paths
 from gatewright.papers import get_paper
+from gatewright.training.seeded import drawn
 from gatewright.training.workplace import environment, now
 
 Record = dict[str, Any]

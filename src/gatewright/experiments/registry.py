@@ -18,6 +18,8 @@ from gatewright.experiments.int8_bits import CLAIM as INT8_CLAIM
 from gatewright.experiments.int8_bits import run_int8
 from gatewright.experiments.interference import CLAIM as INTERFERENCE_CLAIM
 from gatewright.experiments.interference import run_interference
+from gatewright.experiments.hme_table1 import CLAIM as HME_CLAIM
+from gatewright.experiments.hme_table1 import run_hme_table1
 from gatewright.experiments.local_ensemble import CLAIM as ENSEMBLE_CLAIM
 from gatewright.experiments.local_ensemble import run_ensemble
 from gatewright.experiments.local_figures import FIGURES
@@ -84,6 +86,7 @@ TARGETS: dict[str, Target] = {
     "switch/balance": Target("switch/balance", BALANCE_CLAIM, run_balance),
     "routers/compare": Target("routers/compare", COMPARE_CLAIM, run_compare),
     "local_experts/table1": Target("local_experts/table1", TABLE1_CLAIM, run_table1),
+    "hme/table1": Target("hme/table1", HME_CLAIM, run_hme_table1),
     "local_experts/ensemble": Target("local_experts/ensemble", ENSEMBLE_CLAIM, run_ensemble),
     "local_experts/interference": Target("local_experts/interference", INTERFERENCE_CLAIM, run_interference),
     **{name: Target(name, claim, run) for name, (claim, run) in FIGURES.items()},

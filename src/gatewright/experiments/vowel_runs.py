@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gatewright.data.vowels import Vowels, peterson_barney
-from gatewright.experiments.descent import Descent, descend, drawn
+from gatewright.experiments.descent import Descent, descend
 from gatewright.papers import get_paper
+from gatewright.training.seeded import drawn
 
 Record = dict[str, Any]
 

@@ -60,6 +60,8 @@ _LINEAGE: tuple[PaperInfo, ...] = (
         "Hierarchical Mixtures of Experts and the EM Algorithm",
         "Neural Computation 6(2), 181-214",
         "A tree of gates over experts, fitted by expectation-maximisation instead of gradient descent.",
+        "wired",
+        "cases",
     ),
     PaperInfo(
         "deep_moe",
