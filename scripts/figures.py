@@ -46,6 +46,8 @@ def block(name: str, root: Path) -> str:
         return bench_figures.BLOCKS[words[2]](record, path.name)
     if words[:2] == ["gatewright", "table1"]:
         return table1_block(record, path.name)
+    if words[:2] == ["gatewright", "gated"]:
+        return gated_block(record, path.name)
     if "arms" in record:
         return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.
@@ -117,6 +119,40 @@ def table1_block(record: Mapping[str, Any], source: str) -> str:
                 f"| {name} | {size} | {own['rate']:g} | {epochs} | {got['train_percent']:.1f} "
                 f"| {got['test_percent']:.1f} | {got['reached']} of {runs} |"
             )
+    place = record["environment"]
+    lines += [
+        "",
+        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
+        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
+        f"taken from `reproductions/{source}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def gated_block(record: Mapping[str, Any], source: str) -> str:
+    """Return a table of 2017 as a sentence, a row per model or expert, and where it was measured."""
+    lines = [f"The expectation {record['verdict']['sentence']}".rstrip(".") + ".", ""]
+    if "rows" in record:
+        lines += ["| row | perplexity by seed | CV(Importance) | CV(Load) | max / mean load |"]
+        lines += ["|---|---|--:|--:|--:|"]
+        for name, row in record["rows"].items():
+            seeds = row["seeds"]
+            reached = ["diverged" if s["perplexity"] is None else f"{s['perplexity']:.2f}" for s in seeds]
+            gates = [s["gates"] for s in seeds if s.get("gates")]
+            columns = [
+                f"{sum(own[key] for own in gates) / len(gates):.2f}" if gates else "-"
+                for key in ("cv_importance", "cv_load", "max_over_mean")
+            ]
+            lines.append(f"| {name} | {', '.join(reached)} | {' | '.join(columns)} |")
+    else:
+        lines += ["| seed | expert | commonest token | of its strongest inputs | of all text |"]
+        lines += ["|--:|--:|---|--:|--:|"]
+        for seed in record["seeds"]:
+            for own in seed["experts"][: record["plan"]["shown"]]:
+                lines.append(
+                    f"| {seed['seed']} | {own['expert']} | `{own['token']}` | {100 * own['purity']:.0f} % "
+                    f"| {100 * own['token_share']:.2f} % |"
+                )
     place = record["environment"]
     lines += [
         "",

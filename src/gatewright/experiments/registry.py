@@ -14,6 +14,7 @@ from typing import Any
 from gatewright.errors import UserError, did_you_mean
 from gatewright.experiments.balance import CLAIM as BALANCE_CLAIM
 from gatewright.experiments.balance import run_balance
+from gatewright.experiments.gated_tables import GATED
 from gatewright.experiments.local_ensemble import CLAIM as ENSEMBLE_CLAIM
 from gatewright.experiments.local_ensemble import run_ensemble
 from gatewright.experiments.local_figures import FIGURES
@@ -80,7 +81,7 @@ TARGETS: dict[str, Target] = {
     "routers/compare": Target("routers/compare", COMPARE_CLAIM, run_compare),
     "local_experts/table1": Target("local_experts/table1", TABLE1_CLAIM, run_table1),
     "local_experts/ensemble": Target("local_experts/ensemble", ENSEMBLE_CLAIM, run_ensemble),
-    **{name: Target(name, claim, run) for name, (claim, run) in FIGURES.items()},
+    **{name: Target(name, claim, run) for name, (claim, run) in {**FIGURES, **GATED}.items()},
 }
 
 
