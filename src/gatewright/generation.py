@@ -129,7 +129,12 @@ def _draw(probabilities: Tensor, uniforms: np.ndarray) -> list[int]:
 
 
 def _steps(
-    model: LanguageModel, prompts: Tensor, count: int, sampling: Sampling, stop: frozenset[int], use_cache: bool
+    model: LanguageModel,
+    prompts: Tensor,
+    count: int,
+    sampling: Sampling,
+    stop: frozenset[int],
+    use_cache: bool,
 ) -> Iterator[list[int | None]]:
     """Yield each step's id per row, None for a row that has ended."""
     text = prompts

@@ -23,9 +23,7 @@ _DROPOUT = 0x6C73746D
 State = tuple[Tensor, Tensor]
 
 
-def dropped(
-    x: Float[Tensor, "B S D"], share: float, key: Int64[Tensor, ""] | None
-) -> Float[Tensor, "B S D"]:
+def dropped(x: Float[Tensor, "B S D"], share: float, key: Int64[Tensor, ""] | None) -> Float[Tensor, "B S D"]:
     """Return x with a `share` of its numbers set to 0 and the others divided by 1 - share; which ones is a
     function of the key alone (None draws one from torch's own generator).
     """
@@ -124,9 +122,7 @@ class LSTMDecoder(nn.Module):
             raise UserError(f"dropout {dropout}; allowed: 0 or more and below 1; 0 is none")
         self.vocab_size, self.width, self.context, self.dropout = vocab_size, width, context, dropout
         self.embedding = nn.Embedding(vocab_size, width)
-        self.layers = nn.ModuleList(
-            RecurrentBlock(width, own, lstm_width, dropout) for own in feed_forwards
-        )
+        self.layers = nn.ModuleList(RecurrentBlock(width, own, lstm_width, dropout) for own in feed_forwards)
         self.head = nn.Linear(width, vocab_size, bias=False)
 
     def new_cache(

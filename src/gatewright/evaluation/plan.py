@@ -236,8 +236,8 @@ def _lines(p: Plan) -> list[str]:
     head = [
         p.name,
         f"  parameters   total {p.total_parameters:,} · active {p.active_parameters:,}",
-        f"  inside       parameters {p.inner_parameters:,} · multiply-adds per token {p.inner_operations:,.0f}"
-        " (without embedding and output matrix)",
+        f"  inside       parameters {p.inner_parameters:,} · multiply-adds per token "
+        f"{p.inner_operations:,.0f} (without embedding and output matrix)",
         f"  FLOPs/token  forward {p.forward_flops_per_token:.4g} · training {p.train_flops_per_token:.4g}"
         f" (context {p.context})",
     ]

@@ -52,12 +52,12 @@ class GatedPlan:
     tokenizer: str = "bpe:1024"
     context: int = 32
     rows: int = 64
-    steps: int = 2400
+    steps: int = 1600
     seeds: tuple[int, ...] = (0, 1)
     learning_rate: float = 5e-3
     warmup_steps: int = 100
     weight_decay: float = 0.0
-    evaluations: int = 12
+    evaluations: int = 8
     patience: int = 3
     eval_bytes: int = 262_144
 
@@ -69,8 +69,12 @@ class GatedPlan:
 def quick_form(plan: GatedPlan, steps: int) -> GatedPlan:
     """Return the plan that takes minutes: seed 0, fewer steps, less text to evaluate."""
     return replace(
-        plan, seeds=plan.seeds[:1], steps=steps, warmup_steps=min(plan.warmup_steps, steps // 10 + 1),
-        evaluations=4, eval_bytes=plan.eval_bytes // 4,
+        plan,
+        seeds=plan.seeds[:1],
+        steps=steps,
+        warmup_steps=min(plan.warmup_steps, steps // 10 + 1),
+        evaluations=4,
+        eval_bytes=plan.eval_bytes // 4,
     )
 
 
@@ -161,13 +165,20 @@ def fit(
     return net, {"curve": curve, "steps": stepper.step, "cpu_seconds": spent, "before_training": before}
 
 
-def train(plan: GatedPlan, model: Model, corpus: Corpus, seed: int, show: Show = lambda share: None) -> Record:
+def train(
+    plan: GatedPlan, model: Model, corpus: Corpus, seed: int, show: Show = lambda share: None
+) -> Record:
     """Return what one row came to with one seed: test perplexity and the gates' columns."""
     net, record = fit(plan, model, corpus, seed, show)
     if "diverged_at" in record:
         return {"seed": seed, **record, "perplexity": None}
     text = held_out(corpus, plan.eval_bytes, 1)
-    return {"seed": seed, **record, **perplexity(net, text, corpus, plan), "gates": gate_columns(net, text, plan)}
+    return {
+        "seed": seed,
+        **record,
+        **perplexity(net, text, corpus, plan),
+        "gates": gate_columns(net, text, plan),
+    }
 
 
 def perplexity(net: nn.Module, texts: Mapping[str, np.ndarray], corpus: Corpus, plan: GatedPlan) -> Record:

@@ -42,9 +42,7 @@ CLAIM = (
 )
 
 
-def run_table9(
-    work: Path, quick: bool, plan: ExpertsPlan = PLAN
-) -> tuple[Record, str, dict[str, Path]]:
+def run_table9(work: Path, quick: bool, plan: ExpertsPlan = PLAN) -> tuple[Record, str, dict[str, Path]]:
     """Return the record, its page and its picture; quick: one seed, a quarter of the steps."""
     if quick:
         plan = replace(plan, seeds=plan.seeds[:1], steps=plan.steps // 4, warmup_steps=plan.warmup_steps // 2)
@@ -152,12 +150,14 @@ def verdict9(record: Record) -> Record:
     """Return how many experts are that pure, by seed."""
     pure = [sum(own["purity"] >= 0.5 for own in seed["experts"]) for seed in record["seeds"]]
     best = [
-        f"{own['token']!r} {100 * own['purity']:.0f} %" for seed in record["seeds"] for own in seed["experts"][:3]
+        f"{own['token']!r} {100 * own['purity']:.0f} %"
+        for seed in record["seeds"]
+        for own in seed["experts"][:3]
     ]
     held = min(pure) >= 3
     return {
         "held": held,
         "pure_experts": pure,
-        "sentence": f"{'held' if held else 'did not hold'}: {', '.join(map(str, pure))} experts whose strongest "
-        f"inputs are at least half one token; the purest: {', '.join(best)}",
+        "sentence": f"{'held' if held else 'did not hold'}: {', '.join(map(str, pure))} experts whose "
+        f"strongest inputs are at least half one token; the purest: {', '.join(best)}",
     }

@@ -1,4 +1,4 @@
-"""Pages and pictures of sparsely_gated/table6, table7 and table9, from their records and from nothing else."""
+"""Pages and pictures of sparsely_gated/table6, table7, table9, from their records and from nothing else."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def table6_page(record: Record) -> str:
     for name, row in record["rows"].items():
         gates = [own["gates"] for own in row["seeds"] if own["perplexity"] is not None]
         cells = [_cell([own["perplexity"] for own in row["seeds"]], row["paper"]["perplexity"], 1)]
-        for key in ("cv_importance", "cv_load", "max_over_mean"):
-            cells.append(_cell([own[key] for own in gates], row["paper"][key], 2))
+        columns = ("cv_importance", "cv_load", "max_over_mean")
+        cells += [_cell([own[key] for own in gates], row["paper"][key], 2) for key in columns]
         cells.append(_numbers([own["clean_max_over_mean"] for own in gates], 2))
         rows.append([name, *cells, ", ".join(str(own["idle"]) for own in gates)])
     verdict = record["verdict"]
@@ -33,8 +33,8 @@ def table6_page(record: Record) -> str:
     ]
     before = next(iter(record["rows"].values()))["seeds"][0].get("before_training")
     started = (
-        "Before training both gate matrices are 0: with noise every expert is equally likely (max / mean load "
-        f"{before['max_over_mean']:.2f}), without it all logits tie and every token goes to the first K "
+        "Before training both gate matrices are 0: with noise every expert is equally likely (max / mean "
+        f"load {before['max_over_mean']:.2f}), without it all logits tie and every token goes to the first K "
         f"experts (max / mean {before['clean_max_over_mean']:.0f} = E / K)."
         if before
         else ""
@@ -73,8 +73,8 @@ def table7_page(record: Record) -> str:
     seen = plan["steps"] * plan["rows"] * plan["context"]
     gates = {name: record["rows"][name]["operations"] for name in ("MoE-4", "MoE-256")}
     notes = [
-        "Operations are multiply-adds per token without embedding and softmax, parameters without both, as in "
-        f"the paper. At an eighth of its widths a flat gate of 256 experts adds "
+        "Operations are multiply-adds per token without embedding and softmax, parameters without both, as "
+        "in the paper. At an eighth of its widths a flat gate of 256 experts adds "
         f"{100 * (gates['MoE-256'] / gates['MoE-4'] - 1):.0f} % to the operations (the paper: 3 %).",
         f"Every run sees at most {seen:,} tokens, {100 * seen / data['train_tokens']:.0f} % of the training "
         f"text; the paper's 10 epochs are 8 thousand million words. An expert of MoE-256 meets "
@@ -159,8 +159,8 @@ def _page(
         f"Ours, {_PAPERS}. Embedding, LSTM, mixture, LSTM of width 64, tokenizer {plan['tokenizer']}, "
         f"{plan['steps']} steps at most of {plan['rows']} texts of {plan['context']} tokens, AdamW at "
         f"{plan['learning_rate']:g}, a cosine to a tenth, no dropout; the best of {plan['evaluations']} "
-        f"evaluations on one half of the held-out text counts, training ends after {plan['patience']} without "
-        f"a new best, figures are of the other half. Seeds {', '.join(map(str, plan['seeds']))}, all shown; "
+        f"evaluations on one half of the held-out text counts, training ends after {plan['patience']} "
+        f"without a new best, figures are of the other half. Seeds {', '.join(map(str, plan['seeds']))}, all shown; "
         f"{_minutes(record):.1f} CPU minutes in all.",
         *(note for note in notes if note),
         f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
@@ -170,7 +170,9 @@ def _page(
 
 
 def _minutes(record: Record) -> float:
-    runs = record["seeds"] if "seeds" in record else [s for row in record["rows"].values() for s in row["seeds"]]
+    runs = (
+        record["seeds"] if "seeds" in record else [s for row in record["rows"].values() for s in row["seeds"]]
+    )
     return sum(float(own.get("cpu_seconds", 0)) for own in runs) / 60
 
 

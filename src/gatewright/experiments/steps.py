@@ -53,7 +53,12 @@ class Stepper:
     """
 
     def __init__(
-        self, model: LanguageModel, stream: Stream, settings: StepSettings, losses: Mapping[str, float], seed: int
+        self,
+        model: LanguageModel,
+        stream: Stream,
+        settings: StepSettings,
+        losses: Mapping[str, float],
+        seed: int,
     ) -> None:
         self.model, self.stream, self.settings, self.seed = model, stream, settings, seed
         self.objective = NextToken(losses=dict(losses))
