@@ -193,7 +193,7 @@ def test_a_table_gives_record_page_and_picture(fixed: None, tmp_path: Path, tabl
     plan = tiny(plans[table]) if table in plans else ExpertsPlan(models=(model,), strongest=10, **TINY)
     record, page, pictures = run(tmp_path, quick, plan)
     json.dumps(record, allow_nan=False)
-    assert record["plan"]["seeds"] == ([0] if quick else (0, 1) if False else [0, 1])
+    assert record["plan"]["seeds"] == ([0] if quick else [0, 1])
     assert record["verdict"]["sentence"] in page
     assert record["claim"] in page
     (picture,) = pictures.values()
@@ -281,7 +281,7 @@ def test_the_verdict_of_table_7_asks_for_a_fall_and_a_tenth(four: float, thirty_
 
 
 class Spelling:
-    """A model whose gate sends each token to experts t % 4 and (t + 1) % 4; the larger the token, the surer."""
+    """A model whose gate sends each token to experts t % 4 and (t + 1) % 4, surer of larger tokens."""
 
     def routers(self) -> dict[str, Any]:
         return {"only": SimpleNamespace(weight=torch.zeros(4, 1))}
@@ -301,14 +301,12 @@ def test_the_strongest_inputs_of_an_expert_by_hand(monkeypatch: pytest.MonkeyPat
         own["expert"]: own
         for own in specialists(cast(Any, Spelling()), {"text": text}, ByteTokenizer(), plan)
     }
-    # a is 97: first of expert 1 with 0.32, second of expert 2 with 0.68. e is 101: first of expert 1 with
-    # 0.34, second of expert 2 with 0.66. So expert 1's four strongest are d (second, 1 - 100/300 = 0.667).
+    # Expert 2 has a (97, its second choice, 1 - 97 / 300 = 0.677) three times, e (0.663) four times and b
+    # (98, its first, 0.327) three times: the four strongest are a, a, a, e.
     assert sorted(found) == [0, 1, 2, 3]
     assert found[2]["token"] == "a"
     assert found[2]["purity"] == pytest.approx(3 / 4)
     assert found[2]["token_share"] == pytest.approx(3 / 16)
-    # 16 tokens to 2 experts: a and e of expert 1 as their first (3 + 4), of expert 2 as their second, and b
-    # of expert 2 as its first.
     assert found[2]["load_share"] == pytest.approx((3 + 4 + 3) / 32)
     assert found[2]["contexts"][0] == "[a]bcd"
 

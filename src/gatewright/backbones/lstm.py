@@ -79,7 +79,7 @@ class RecurrentBlock(nn.Module):
                 y = self.feed_forward(x)
             x = x + self._dropped(torch.sigmoid(y), key, 0)
         with torch.autocast(x.device.type, enabled=False):
-            y, after = self.lstm(x.to(self.lstm.weight_ih_l0.dtype), state)
+            y, after = self.lstm(x.to(next(self.lstm.parameters()).dtype), state)
         return x + self._dropped(y, key, 1), after, stats
 
     def _dropped(self, y: Tensor, key: Tensor | None, place: int) -> Tensor:

@@ -83,7 +83,7 @@ def _seed(plan: ExpertsPlan, corpus: Corpus, seed: int, show: Any) -> Record:
     if "diverged_at" in record:
         return {"seed": seed, **record, "experts": []}
     experts = specialists(net, held_out(corpus, plan.eval_bytes, 1), corpus.tokenizer, plan)
-    return json.loads(json.dumps({"seed": seed, **record, "experts": experts}))  # type: ignore[no-any-return]
+    return json.loads(json.dumps({"seed": seed, **record, "experts": experts}))
 
 
 def specialists(

@@ -160,8 +160,8 @@ def _page(
         f"{plan['steps']} steps at most of {plan['rows']} texts of {plan['context']} tokens, AdamW at "
         f"{plan['learning_rate']:g}, a cosine to a tenth, no dropout; the best of {plan['evaluations']} "
         f"evaluations on one half of the held-out text counts, training ends after {plan['patience']} "
-        f"without a new best, figures are of the other half. Seeds {', '.join(map(str, plan['seeds']))}, all shown; "
-        f"{_minutes(record):.1f} CPU minutes in all.",
+        f"without a new best, figures are of the other half. Seeds {', '.join(map(str, plan['seeds']))}, all "
+        f"shown; {_minutes(record):.1f} CPU minutes in all.",
         *(note for note in notes if note),
         f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
         f"{where['threads']} threads, {where['processor']}, {record['created']}.",
