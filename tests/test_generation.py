@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gatewright.backbones import Decoder, DecoderOutput, LSTMDecoder
+from gatewright.backbones import Decoder, DecoderOutput
 from gatewright.data.tokenizer import ByteTokenizer, train_bpe
 from gatewright.errors import RunFailure, UserError
 from gatewright.generation import Sampling, TextStream, generate, next_probabilities, stream
@@ -41,25 +41,11 @@ def build(paper: str = "mixtral", **changes: Any) -> Decoder:
     return model.eval()
 
 
-def recurrent(gate: str = "flat") -> LSTMDecoder:
-    """Return the language model of 2017 with gates that have learned something."""
-    torch.manual_seed(1)
-    file = get_paper("sparsely_gated")
-    settings = file.Settings(width=32, num_experts=8, num_selected=2, expert_width=16, gate=gate)
-    model: LSTMDecoder = file.build(settings)
-    with torch.no_grad():
-        model.head.weight.mul_(4)
-        for router in model.routers().values():
-            router.weight.normal_()
-    return model.eval()
-
-
 MODELS = {
     "moe, grouped queries": lambda: build(num_kv_heads=1),
     "olmoe": lambda: build("olmoe"),
     "switch, with capacity": lambda: build("switch", capacity_factor=0.5, num_layers=4),
     "dense": lambda: build(moe_layers="none", width=48),
-    "lstm": lambda: recurrent(),
 }
 
 

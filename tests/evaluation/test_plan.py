@@ -121,7 +121,7 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
         ("switch", {"moe_layers": "none", "activation": "gelu"}),
         ("sparsely_gated", {}),
         ("sparsely_gated", {"moe_layers": "none", "ffn_width": 96, "ffn_depth": 3, "dropout": 0.0}),
-        ("sparsely_gated", {"lstm_width": 96, "gate": "groups:8"}),
+        ("sparsely_gated", {"lstm_width": 96}),
     ],
 )
 @pytest.mark.parametrize("form", [None, "matmul"])

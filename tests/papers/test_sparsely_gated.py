@@ -12,6 +12,7 @@ import torch
 from gatewright.cli import main
 from gatewright.errors import UserError
 from gatewright.evaluation.plan import plan
+from gatewright.generation import generate
 from gatewright.objectives import NextToken
 from gatewright.papers.sparsely_gated import PUBLISHED, Settings, build, objective
 from tests.training.runs import LOOP, write_text
@@ -101,6 +102,21 @@ def test_every_gate_trains_and_continues_a_text(gate: str):
     whole, cache = model(tokens()).logits, model.new_cache(4)
     pieces = [model(tokens()[:, i : i + 1], cache).logits for i in range(33)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["flat", "groups:4"])
+def test_generation_with_the_state_is_generation_without(gate: str):
+    torch.manual_seed(1)
+    settings = Settings(width=32, num_experts=16, expert_width=16, gate=gate, context=40)
+    model: Any = build(settings)
+    with torch.no_grad():
+        model.head.weight.mul_(4)
+        for router in model.routers().values():
+            router.weight.normal_()
+    # Beyond the context, too: the text then goes on from its last half.
+    with_state = generate(model, [5, 250, 17], max_new_tokens=64, seed=3)
+    assert with_state == generate(model, [5, 250, 17], max_new_tokens=64, seed=3, cache=False)
+    assert len(set(with_state)) > 10
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,8 @@ class RecurrentBlock(nn.Module):
             else:
                 y = self.feed_forward(x)
             x = x + self._dropped(torch.sigmoid(y), key, 0)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
             y, after = self.lstm(x.to(next(self.lstm.parameters()).dtype), state)
         return x + self._dropped(y, key, 1), after, stats
 

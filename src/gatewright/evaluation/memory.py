@@ -17,6 +17,7 @@ from gatewright.kernels.dense import fits
 from gatewright.parts import MLP, Experts, MoELayer, Router
 from gatewright.parts.free_experts import FreeExperts
 from gatewright.parts.nested_experts import ModuleExperts
+from gatewright.parts.noise import SoftplusNoise
 from gatewright.parts.routing import top_k_of
 from gatewright.parts.scores import native_name
 from gatewright.parts.shared import GatedShared
@@ -124,17 +125,27 @@ def _block_bytes(block: Block, each: float, context: int, batch: int) -> float:
 
 
 def _recurrent_bytes(block: RecurrentBlock, each: float) -> float:
-    """Per token, what a recurrent block keeps: of each dropout the factors; of the mixture its input and the
-    sigmoid's output; of the LSTM its input, and for each cell four gates, the cell before and after, its
-    tanh, and the output, which a projection keeps beside its own.
+    """Per token, what a recurrent block keeps: the factors of each dropout, a feed-forward layer's input and
+    sigmoid, and what the LSTM keeps.
     """
     lstm, feed_forward = block.lstm, block.feed_forward
-    width, cells = lstm.input_size, lstm.hidden_size
-    dropout = each * width if block.dropout else 0.0
-    kept = dropout + each * (width + 8 * cells + (width if lstm.proj_size else 0))
+    dropout = each * lstm.input_size if block.dropout else 0.0
+    kept = dropout + _lstm_bytes(lstm, each)
     if feed_forward is not None:
-        kept += dropout + each * 2 * width + _feed_forward_bytes(feed_forward, width, each)
+        kept += (
+            dropout + each * 2 * lstm.input_size + _feed_forward_bytes(feed_forward, lstm.input_size, each)
+        )
     return kept
+
+
+def _lstm_bytes(lstm: nn.LSTM, each: float) -> float:
+    """Per token: input and output, and the workspace of oneDNN, as measured; of a projected LSTM, which torch
+    computes itself, for each cell four gates, the cell before and after, and the output before projection.
+    """
+    width, cells = lstm.input_size, lstm.hidden_size
+    if lstm.proj_size:
+        return each * (7 * cells + 2 * width)
+    return each * 2 * width + cells * (9 * each + 26.25)
 
 
 def _scores_bytes(attention: Attention, each: float, context: int, batch: int) -> float:
@@ -188,9 +199,11 @@ def _router_bytes(router: Router, width: int, each: float) -> float:
     """
     num_experts = router.weight.shape[0]
     top = top_k_of(router.rule)
+    # Learned noise: the clean logits, its map, standard deviation and draws.
+    noise = 4 * 4 * num_experts if isinstance(router.noise, SoftplusNoise) else 0
     if top is None or native_name(router.scores) is None or not native.is_ready():
-        return 2 * 4 * num_experts + (4 * width if each < 4 else 0)
-    return 4 * (num_experts + top.num_selected + 4)
+        return noise + 2 * 4 * num_experts + (4 * width if each < 4 else 0)
+    return noise + 4 * (num_experts + top.num_selected + 4)
 
 
 def _expert_bytes(experts: nn.Module, width: int, num_selected: float, each: float) -> float:

@@ -88,11 +88,10 @@ def plan(
 ) -> Plan:
     """Return the Plan of a model, built on the meta device.
 
-    Args: `name` is a published size ("mixtral-8x7b"), a paper id (its small default), or a run's folder or
-    run.toml; or give `settings` (a paper's Settings), or `paper` alone. `dtype` (fp32, bf16, int8, int4) is
-    the weights'; activations and cache share it where it is fp32 or bf16, else they take bf16. `context` is
-    the settings' own by default, `device_memory_gb` a few common sizes; `recompute` is none or blocks.
-    Raises: UserError for an unknown name, dtype or optimizer, and for numbers below 1.
+    Args: `name` is a published size ("mixtral-8x7b"), a paper id (its small default), a run's folder or
+    run.toml; or give a paper's `settings`, or `paper` alone. `dtype` (fp32, bf16, int8, int4): the weights';
+    activations and cache share fp32 and bf16, else take bf16. Defaults: `context` the settings' own,
+    `device_memory_gb` a few common sizes. Raises: UserError for unknown words and for numbers below 1.
     """
     check_choice("dtype", dtype, tuple(BYTES_PER_WEIGHT))
     check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
