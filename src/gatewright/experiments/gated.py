@@ -71,7 +71,7 @@ def quick_form(plan: GatedPlan, steps: int) -> GatedPlan:
     return replace(
         plan,
         seeds=plan.seeds[:1],
-        steps=steps,
+        steps=max(steps, 1),
         warmup_steps=min(plan.warmup_steps, steps // 10 + 1),
         evaluations=4,
         eval_bytes=plan.eval_bytes // 4,

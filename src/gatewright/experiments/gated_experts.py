@@ -45,7 +45,9 @@ CLAIM = (
 def run_table9(work: Path, quick: bool, plan: ExpertsPlan = PLAN) -> tuple[Record, str, dict[str, Path]]:
     """Return the record, its page and its picture; quick: one seed, a quarter of the steps."""
     if quick:
-        plan = replace(plan, seeds=plan.seeds[:1], steps=plan.steps // 4, warmup_steps=plan.warmup_steps // 2)
+        plan = replace(
+            plan, seeds=plan.seeds[:1], steps=max(plan.steps // 4, 1), warmup_steps=plan.warmup_steps // 2
+        )
     work.mkdir(parents=True, exist_ok=True)
     seeds = []
     with Progress("sparsely_gated/table9") as progress:
@@ -110,7 +112,8 @@ def specialists(
             {
                 "expert": expert,
                 "load_share": float(load[expert]),
-                "token": tokenizer.pieces([token])[0],
+                # What a Markdown table would break on is written as it is typed.
+                "token": tokenizer.pieces([token])[0].replace("\n", "\\n").replace("|", "\\|"),
                 "purity": float(counts[token] / len(order)),
                 "token_share": float(common[token]),
                 "contexts": _contexts(ids, order, tokenizer, plan.contexts),

@@ -150,8 +150,8 @@ def verdict6(record: Record) -> Record:
         "goals": goals,
         "directions": directions,
         "sentence": f"{'held' if held else 'did not hold'}: without a loss max / mean load "
-        f"{_listed([of(bare, s, 'max_over_mean') for s in seeds])} and perplexity {_percent(lost)} against the "
-        f"worst with a loss; with any loss CV(Importance) at most "
+        f"{_listed([of(bare, s, 'max_over_mean') for s in seeds])} and perplexity {_percent(lost)} against "
+        f"the worst with a loss; with any loss CV(Importance) at most "
         f"{max(of(n, s, 'cv_importance') for n in others for s in seeds):.2f}, perplexities within "
         f"{_percent(spread, sign=False)}",
     }
