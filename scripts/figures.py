@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
-from scripts import bench_figures  # noqa: E402
+from scripts import bench_figures, classic_figures  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w./-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
@@ -44,10 +44,8 @@ def block(name: str, root: Path) -> str:
     words = str(record.get("schema", "")).split(".")
     if words[:2] == ["gatewright", "bench"]:
         return bench_figures.BLOCKS[words[2]](record, path.name)
-    if words[:2] == ["gatewright", "table1"]:
-        return table1_block(record, path.name)
-    if words[:2] == ["gatewright", "hme"]:
-        return hme_block(record, path.name)
+    if words[:1] == ["gatewright"] and words[1] in classic_figures.BLOCKS:
+        return classic_figures.BLOCKS[words[1]](record, path.name)
     if "arms" in record:
         return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.
@@ -91,58 +89,6 @@ def arms_block(record: Mapping[str, Any], source: str) -> str:
         ahead = "" if arm["causal"] else " (looks ahead)"
         time = f"{arm['step_time']['median']:.2f}"
         lines.append(f"| {name}{ahead} | {bits} | {worst} | {lost} | {time} |")
-    place = record["environment"]
-    lines += [
-        "",
-        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
-        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
-        f"taken from `reproductions/{source}`.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def table1_block(record: Mapping[str, Any], source: str) -> str:
-    """Return table 1 of 1991 as a sentence, a row per reading and system, and where it was measured."""
-    lines = [f"The expectation {record['verdict']['sentence']}".rstrip(".") + ".", ""]
-    lines += ["| reading | system | step size | epochs, mean and SD | train % | test % | runs that end |"]
-    lines += ["|---|---|--:|--:|--:|--:|--:|"]
-    for name, reading in record["readings"].items():
-        for size, own in reading["systems"].items():
-            if own["rate"] is None:
-                lines.append(f"| {name} | {size} | none | - | - | - | - |")
-                continue
-            got, runs = own["summary"], len(own["runs"]["epochs"])
-            epochs = " ± ".join(
-                "-" if got[key] is None else f"{got[key]:.0f}" for key in ("epochs_mean", "epochs_sd")
-            )
-            lines.append(
-                f"| {name} | {size} | {own['rate']:g} | {epochs} | {got['train_percent']:.1f} "
-                f"| {got['test_percent']:.1f} | {got['reached']} of {runs} |"
-            )
-    place = record["environment"]
-    lines += [
-        "",
-        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
-        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
-        f"taken from `reproductions/{source}`.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def hme_block(record: Mapping[str, Any], source: str) -> str:
-    """Return table 1 of 1994 as a sentence, a row per system, and where it was measured."""
-    lines = [f"The expectation {record['verdict']['sentence']}.", ""]
-    lines += [
-        "| system | relative error, mean and SD | the paper's | epochs | the paper's |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for name, own in record["systems"].items():
-        got, (error, epochs) = own["summary"], record["paper"][name]
-        spread = "" if got["error_sd"] is None else f" ± {got['error_sd']:.3f}"
-        passes = ["-", "-"] if epochs is None else [f"{got['epochs_mean']:.0f}", str(epochs)]
-        lines.append(
-            f"| {name} | {got['error_mean']:.3f}{spread} | {error:.2f} | {passes[0]} | {passes[1]} |"
-        )
     place = record["environment"]
     lines += [
         "",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gatewright.backbones import Decoder, KVCache
+from gatewright.backbones import KVCache, LanguageModel, LSTMCache
 from gatewright.errors import RunFailure, UserError
 from gatewright.parts import MoELayer
 
@@ -38,7 +38,7 @@ class Sampling:
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     tokens: Sequence[int] | Tensor,
     *,
     max_new_tokens: int,
@@ -66,7 +66,7 @@ def generate(
 
 
 def stream(
-    model: Decoder,
+    model: LanguageModel,
     tokens: Sequence[int] | Tensor,
     *,
     max_new_tokens: int,
@@ -129,7 +129,12 @@ def _draw(probabilities: Tensor, uniforms: np.ndarray) -> list[int]:
 
 
 def _steps(
-    model: Decoder, prompts: Tensor, count: int, sampling: Sampling, stop: frozenset[int], use_cache: bool
+    model: LanguageModel,
+    prompts: Tensor,
+    count: int,
+    sampling: Sampling,
+    stop: frozenset[int],
+    use_cache: bool,
 ) -> Iterator[list[int | None]]:
     """Yield each step's id per row, None for a row that has ended."""
     text = prompts
@@ -154,11 +159,11 @@ def _steps(
 class _Reader:
     """Reads a growing text [B, S] and gives the logits after its last id; keeps the window and the cache."""
 
-    def __init__(self, model: Decoder, capacity: int, use_cache: bool) -> None:
+    def __init__(self, model: LanguageModel, capacity: int, use_cache: bool) -> None:
         self.model, self.capacity, self.use_cache = model, capacity, use_cache
         self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self.start = 0
-        self.cache: KVCache | None = None
+        self.cache: KVCache | LSTMCache | None = None
 
     @torch.inference_mode()
     def read(self, text: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ class _Reader:
         with _for_generation(self.model, self.layers):
             return self._last_logits(new, self.cache)
 
-    def _last_logits(self, window: Tensor, cache: KVCache | None = None) -> Tensor:
+    def _last_logits(self, window: Tensor, cache: KVCache | LSTMCache | None = None) -> Tensor:
         """Return logits [B, V]; Stats are taken only where somebody watches a layer."""
         watched = any(layer._forward_hooks for layer in self.layers)
         logits: Tensor = self.model(window, cache, with_stats=watched, only_last=True).logits
@@ -185,7 +190,7 @@ class _Reader:
 
 
 @contextmanager
-def _for_generation(model: Decoder, layers: Sequence[MoELayer]) -> Iterator[None]:
+def _for_generation(model: LanguageModel, layers: Sequence[MoELayer]) -> Iterator[None]:
     """Evaluation mode and no capacity for one call; who stops in the middle finds the model as it was."""
     capacities = [layer.capacity for layer in layers]
     was_training = model.training
@@ -202,7 +207,7 @@ def _for_generation(model: Decoder, layers: Sequence[MoELayer]) -> Iterator[None
             model.train()
 
 
-def _check_tokens(model: Decoder, tokens: Sequence[int] | Tensor) -> tuple[Tensor, bool]:
+def _check_tokens(model: LanguageModel, tokens: Sequence[int] | Tensor) -> tuple[Tensor, bool]:
     """Return tokens as [B, S] int64 on the model's device, and whether they were one text."""
     try:
         given = tokens if isinstance(tokens, Tensor) else torch.as_tensor(np.asarray(tokens))
@@ -233,7 +238,7 @@ def _check_count(max_new_tokens: int) -> int:
     return max_new_tokens
 
 
-def _check_stop(model: Decoder, stop: Iterable[int]) -> frozenset[int]:
+def _check_stop(model: LanguageModel, stop: Iterable[int]) -> frozenset[int]:
     ids = frozenset(int(i) for i in stop)
     for wrong in sorted(i for i in ids if not 0 <= i < model.vocab_size):
         raise UserError(f"stop id {wrong}; allowed: 0 to {model.vocab_size - 1}; use the tokenizer's own eot")

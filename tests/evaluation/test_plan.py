@@ -119,6 +119,9 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
         ("olmoe", {"moe_layers": "first_dense:1"}),
         ("switch", {"capacity_factor": None, "activation": "relu"}),
         ("switch", {"moe_layers": "none", "activation": "gelu"}),
+        ("sparsely_gated", {}),
+        ("sparsely_gated", {"moe_layers": "none", "ffn_width": 96, "ffn_depth": 3, "dropout": 0.0}),
+        ("sparsely_gated", {"lstm_width": 96}),
     ],
 )
 @pytest.mark.parametrize("form", [None, "matmul"])

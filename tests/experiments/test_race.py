@@ -245,6 +245,21 @@ def test_a_small_data_curve_end_to_end(data: list[str], tmp_path: Path):
 
 
 @pytest.mark.usefixtures("without_report")
+def test_recurrent_models_race(data: list[str], tmp_path: Path):
+    from gatewright.papers.sparsely_gated import Settings as Gated
+
+    model = Gated(width=16, num_experts=8, num_selected=2, expert_width=16, context=16)
+    run = dataclasses.replace(tiny_race(data, tmp_path / "race"), paper="sparsely_gated", model=model)
+    sides = {side["name"]: side for side in race(run).record["runs"][0]["sides"]}
+    assert sides["dense"]["forward_flops_per_token"] == pytest.approx(
+        sides["sparse"]["forward_flops_per_token"], rel=0.01
+    )
+    assert sides["dense"]["flops_by_part"]["recurrent"] == sides["sparse"]["flops_by_part"]["recurrent"] > 0
+    # Two experts of 16 units and both gate matrices: 2 x 16 + 2 x 8 x 16 / 32.
+    assert sides["dense"]["settings"]["ffn_width"] == (0, 40)
+
+
+@pytest.mark.usefixtures("without_report")
 def test_a_race_of_switch_drops_and_says_so(data: list[str], tmp_path: Path):
     from gatewright.papers.switch import Settings as Switch
 

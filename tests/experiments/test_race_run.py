@@ -90,7 +90,7 @@ def test_shares_of_the_text_have_a_pair_of_sides_each():
     assert found["sparse-data0.01"].label.endswith("on 1 % of the documents")
 
 
-@pytest.mark.parametrize("paper", ["mixtral", "switch", "olmoe"])
+@pytest.mark.parametrize("paper", ["sparsely_gated", "mixtral", "switch", "olmoe"])
 @pytest.mark.parametrize(
     "asked", [{}, {"triangle": True}, {"experts": (4, 8)}, {"data_fraction": (0.5, 1.0)}]
 )

@@ -34,8 +34,8 @@ NUM_AUTHORS = [4, 2, 3, 7, 9, 3, 27, 8, 8, 10, 26, 17, 156, 200, 24]
 def test_the_lineage_is_complete_and_in_order():
     assert [(paper.id, paper.year) for paper in all_papers()] == LINEAGE
     assert [len(paper.authors) for paper in all_papers()] == NUM_AUTHORS
-    assert wired_papers() == ("local_experts", "hme", "switch", "mixtral", "olmoe")
-    assert text_papers() == ("switch", "mixtral", "olmoe")
+    assert wired_papers() == ("local_experts", "hme", "sparsely_gated", "switch", "mixtral", "olmoe")
+    assert text_papers() == ("sparsely_gated", "switch", "mixtral", "olmoe")
 
 
 def test_records_are_whole():
@@ -95,10 +95,18 @@ def test_published_sizes_are_found_by_name():
         (
             get_paper,
             "gshard",
-            "planned and cannot be built yet; allowed: local_experts, hme, switch, mixtral",
+            "planned and cannot be built yet; allowed: local_experts, hme, sparsely_gated, switch",
         ),
-        (get_text_paper, "local_experts", "does not train on text; allowed: switch, mixtral, olmoe; its own"),
-        (get_text_paper, "hme", "does not train on text; allowed: switch, mixtral, olmoe; its own"),
+        (
+            get_text_paper,
+            "local_experts",
+            "does not train on text; allowed: sparsely_gated, switch, mixtral, olmoe; its own",
+        ),
+        (
+            get_text_paper,
+            "hme",
+            "does not train on text; allowed: sparsely_gated, switch, mixtral, olmoe; its own",
+        ),
         (get_text_paper, "gshard", "planned and cannot be built yet"),
         (paper_info, "deepseek-v3", "did you mean 'deepseek_v3'"),
         (published, "mixtral-8x7", "did you mean 'mixtral-8x7b'"),

@@ -57,9 +57,9 @@ def test_switch_decoders_are_about_half_of_the_encoder_decoders(size: str):
 
 
 def test_every_published_size_is_checked():
-    assert {*PUBLISHED_BILLIONS, *(f"switch-{size}-decoder" for size in SWITCH_BILLIONS)} == {
-        *published_names()
-    }
+    # Those of 2017 in test_sparsely_gated.py.
+    others = [name for name in published_names() if not name.startswith("sparsely_gated/")]
+    assert {*PUBLISHED_BILLIONS, *(f"switch-{size}-decoder" for size in SWITCH_BILLIONS)} == {*others}
 
 
 @pytest.mark.parametrize("paper", wired_papers())

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gatewright.backbones.attention import Attention
-from gatewright.backbones.transformer import Block, Decoder
+from gatewright.backbones.lstm import LanguageModel, RecurrentBlock
+from gatewright.backbones.transformer import Block
 from gatewright.errors import UserError
-from gatewright.parts import Experts, MoELayer
+from gatewright.parts import Experts, MoELayer, Router
 from gatewright.parts.free_experts import FreeExperts
 from gatewright.parts.nested_experts import ModuleExperts
+from gatewright.parts.rules.hierarchical import HierarchicalRouter
 
 _DRAWS = {nn.init.normal_, nn.init.trunc_normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
 _DRAWS |= {Tensor.normal_, Tensor.uniform_}
@@ -53,13 +55,17 @@ class Cost:
 
     `total_parameters`; `active_parameters`: those that one token meets (all but the unchosen experts).
     `flops`: forward floating-point operations per token by part (embedding, attention_projections,
-    attention_scores, router, experts, shared_experts, dense_ffn, head), a multiply-add counting 2; training
-    takes 3 times the forward pass.
+    attention_scores, recurrent, router, experts, shared_experts, dense_ffn, head), a multiply-add counting 2;
+    training takes 3 times the forward pass. Without embedding and head, as the tables of Shazeer et al. 2017
+    count: `inner_parameters`, and the multiply-adds per token `inner_operations`, of a hierarchical router
+    those of the groups that a token chooses (`flops` has all, since all are computed here).
     """
 
     total_parameters: int
     active_parameters: int
     flops: dict[str, float] = field(default_factory=dict)
+    inner_parameters: int = 0
+    inner_operations: float = 0.0
 
     @property
     def forward_flops_per_token(self) -> float:
@@ -73,17 +79,20 @@ class Cost:
 
 
 def count_cost(model: nn.Module, context: int) -> Cost:
-    """Return the Cost of a Decoder per token, at sequences of `context` tokens.
+    """Return the Cost of a Decoder or an LSTMDecoder per token, at sequences of `context` tokens.
 
     Causal attention meets (context + 1) / 2 keys on average. Norms, activations, softmax and the optimizer
-    are not counted.
+    are not counted; what a router multiplies for its learned noise in training is.
     """
-    if not isinstance(model, Decoder):
-        raise UserError(f"cost of a {type(model).__name__} is not known; allowed: a Decoder")
+    if not isinstance(model, LanguageModel):
+        raise UserError(
+            f"cost of a {type(model).__name__} is not known; allowed: a Decoder or an LSTMDecoder"
+        )
     flops = dict.fromkeys(
         (
             "attention_projections",
             "attention_scores",
+            "recurrent",
             "router",
             "experts",
             "shared_experts",
@@ -99,13 +108,38 @@ def count_cost(model: nn.Module, context: int) -> Cost:
             projections = (module.query, module.key, module.value, module.output)
             flops["attention_projections"] += 2 * sum(p.weight.numel() for p in projections)
             flops["attention_scores"] += 2 * 2 * module.num_heads * module.head_dim * (context + 1) / 2
-    for block in (layer for layer in model.layers if isinstance(layer, Block)):
+        elif isinstance(module, nn.LSTM):
+            flops["recurrent"] += 2 * sum(p.numel() for p in module.parameters() if p.dim() > 1)
+    for block in (layer for layer in model.layers if isinstance(layer, Block | RecurrentBlock)):
+        if block.feed_forward is None:
+            continue
         own = _feed_forward(block.feed_forward, "dense_ffn")
         idle += sum(p.numel() for p in block.feed_forward.parameters()) - own.active
         for part, count in own.flops.items():
             flops[part] += count
+    inner = sum(flops.values()) / 2 - sum(map(_unchosen_groups, model.routers().values()))
     flops["head"] = 2.0 * model.vocab_size * model.width
-    return Cost(total_parameters=total, active_parameters=round(total - idle), flops=flops)
+    ends = {id(p): p.numel() for p in (model.embedding.weight, model.head.weight)}
+    return Cost(
+        total_parameters=total,
+        active_parameters=round(total - idle),
+        flops=flops,
+        inner_parameters=total - sum(ends.values()),
+        inner_operations=inner,
+    )
+
+
+def _matrices(router: Router) -> float:
+    """Return the multiply-adds of a router's linear maps, its noise's included."""
+    return float(sum(p.numel() for p in router.parameters() if p.dim() == 2))
+
+
+def _unchosen_groups(router: Router) -> float:
+    """Return the multiply-adds inside groups that a token does not choose."""
+    if not isinstance(router, HierarchicalRouter) or router.primary is None:
+        return 0.0
+    inside = router.weight.numel() * (1 if router.noise is None else 2)
+    return inside * (1 - router.num_primary / router.num_groups)
 
 
 class _Share(NamedTuple):
@@ -132,7 +166,7 @@ def _feed_forward(module: nn.Module, part: str) -> _Share:
         matrices = sum(p.numel() for p in module.parameters() if p.dim() > 1)
         return _Share(sum(p.numel() for p in module.parameters()), {part: 2.0 * matrices})
     router = sum(p.numel() for p in module.router.parameters())
-    shares = [_Share(router, {"router": 2.0 * module.router.weight.numel()})]
+    shares = [_Share(router, {"router": 2.0 * _matrices(module.router)})]
     if module.shared is not None:
         shares.append(_feed_forward(module.shared, "shared_experts"))
     return _sum([*shares, _experts(module.experts, module.num_experts, float(module.num_selected))])

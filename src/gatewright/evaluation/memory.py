@@ -1,4 +1,4 @@
-"""Bytes that a decoder needs: weights, optimizer, activations kept for the backward pass, key-value cache.
+"""Bytes that a language model needs: weights, optimizer, activations kept for the backward pass, cache.
 
 Counted from the modules, so it works on the meta device. Sizes are in bytes; GB elsewhere means 1e9 bytes.
 """
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gatewright.backbones import Attention, Block, Decoder
+from gatewright.backbones import Attention, Block, DeepMLP, LanguageModel, LSTMDecoder, RecurrentBlock
 from gatewright.errors import UserError, did_you_mean
 from gatewright.kernels import choose_attention, native
 from gatewright.kernels.dense import fits
 from gatewright.parts import MLP, Experts, MoELayer, Router
 from gatewright.parts.free_experts import FreeExperts
 from gatewright.parts.nested_experts import ModuleExperts
+from gatewright.parts.noise import SoftplusNoise
 from gatewright.parts.routing import top_k_of
 from gatewright.parts.scores import native_name
 from gatewright.parts.shared import GatedShared
@@ -59,7 +60,9 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + activations
 
 
-def training_memory(model: Decoder, dtype: str, context: int, batch: int, optimizer: str) -> TrainingMemory:
+def training_memory(
+    model: LanguageModel, dtype: str, context: int, batch: int, optimizer: str
+) -> TrainingMemory:
     """Return what training takes for `batch` sequences of `context` tokens at a time.
 
     fp32 keeps weight and gradient in 4 bytes each. bf16 keeps 2 and 2, and the optimizer an fp32 master copy:
@@ -70,7 +73,13 @@ def training_memory(model: Decoder, dtype: str, context: int, batch: int, optimi
     state = OPTIMIZERS[check_choice("optimizer", optimizer, tuple(OPTIMIZERS))]
     master = MASTER_BYTES if dtype == "bf16" else 0
     tokens = batch * context
-    blocks = [_block_bytes(block, each, context, batch) for block in model.layers if isinstance(block, Block)]
+    blocks = [
+        _block_bytes(block, each, context, batch)
+        if isinstance(block, Block)
+        else _recurrent_bytes(block, each)
+        for block in model.layers
+        if isinstance(block, Block | RecurrentBlock)
+    ]
     ends = _ends_bytes(model, each)
     kept_inputs = each * model.width * len(blocks)
     return TrainingMemory(
@@ -82,7 +91,7 @@ def training_memory(model: Decoder, dtype: str, context: int, batch: int, optimi
     )
 
 
-def _wide_copies(model: Decoder, each: float) -> float:
+def _wide_copies(model: LanguageModel, each: float) -> float:
     """The routers' weights in fp32, in which they multiply, where they are narrower."""
     return 4.0 * sum(router.weight.numel() for router in model.routers().values()) if each < 4 else 0.0
 
@@ -115,6 +124,30 @@ def _block_bytes(block: Block, each: float, context: int, batch: int) -> float:
     return kept + _feed_forward_bytes(block.feed_forward, width, each)
 
 
+def _recurrent_bytes(block: RecurrentBlock, each: float) -> float:
+    """Per token, what a recurrent block keeps: the factors of each dropout, a feed-forward layer's input and
+    sigmoid, and what the LSTM keeps.
+    """
+    lstm, feed_forward = block.lstm, block.feed_forward
+    dropout = each * lstm.input_size if block.dropout else 0.0
+    kept = dropout + _lstm_bytes(lstm, each)
+    if feed_forward is not None:
+        kept += (
+            dropout + each * 2 * lstm.input_size + _feed_forward_bytes(feed_forward, lstm.input_size, each)
+        )
+    return kept
+
+
+def _lstm_bytes(lstm: nn.LSTM, each: float) -> float:
+    """Per token: input and output, and the workspace of oneDNN, as measured; of a projected LSTM, which torch
+    computes itself, for each cell four gates, the cell before and after, and the output before projection.
+    """
+    width, cells = lstm.input_size, lstm.hidden_size
+    if lstm.proj_size:
+        return each * (7 * cells + 2 * width)
+    return each * 2 * width + cells * (9 * each + 26.25)
+
+
 def _scores_bytes(attention: Attention, each: float, context: int, batch: int) -> float:
     """Per token, what attention by plain matmuls keeps beyond a fused one: S weights of each head, the mask
     that all texts share, keys and values once for each head of queries; but no log-sum-exps.
@@ -139,6 +172,8 @@ def _feed_forward_bytes(module: nn.Module, width: int, each: float) -> float:
 
 def _mlp_bytes(mlp: MLP, each: float) -> float:
     hidden, pre = mlp.w_down.shape[1], mlp.w_in.shape[0]
+    if isinstance(mlp, DeepMLP):
+        return each * hidden * (1 + mlp.w_middle.shape[0])
     if native.is_ready() and fits(mlp.w_down.shape[0], hidden, _DTYPE_OF[each]):
         return each * pre
     if mlp.activation == "linear":
@@ -164,9 +199,11 @@ def _router_bytes(router: Router, width: int, each: float) -> float:
     """
     num_experts = router.weight.shape[0]
     top = top_k_of(router.rule)
+    # Learned noise: the clean logits, its map, standard deviation and draws.
+    noise = 4 * 4 * num_experts if isinstance(router.noise, SoftplusNoise) else 0
     if top is None or native_name(router.scores) is None or not native.is_ready():
-        return 2 * 4 * num_experts + (4 * width if each < 4 else 0)
-    return 4 * (num_experts + top.num_selected + 4)
+        return noise + 2 * 4 * num_experts + (4 * width if each < 4 else 0)
+    return noise + 4 * (num_experts + top.num_selected + 4)
 
 
 def _expert_bytes(experts: nn.Module, width: int, num_selected: float, each: float) -> float:
@@ -189,14 +226,22 @@ def _expert_bytes(experts: nn.Module, width: int, num_selected: float, each: flo
     return each * num_selected * (experts.w_in.shape[1] + dropout)
 
 
-def _ends_bytes(model: Decoder, each: float) -> float:
-    """Per token: id, last norm, and at the loss logits and their gradient; in native passes a log-sum-exp,
-    else the logits' fp32 copy or gradient and log-probabilities.
+def _ends_bytes(model: LanguageModel, each: float) -> float:
+    """Per token: id, last norm (of an LSTM the head's input and the embedding's dropout), and at the loss
+    logits and their gradient; in native passes a log-sum-exp, else the logits' fp32 copy or gradient and
+    log-probabilities.
     """
     loss = model.vocab_size * 2 * each + 4 if native.is_ready() else model.vocab_size * (each + 4 + 4)
-    return 8 + _norm_bytes(model.width, each) + loss
+    last = each * model.width if isinstance(model, LSTMDecoder) else _norm_bytes(model.width, each)
+    dropout = each * model.width if isinstance(model, LSTMDecoder) and model.dropout else 0.0
+    return 8 + last + dropout + loss
 
 
-def kv_cache_bytes_per_token(model: Decoder, each: float) -> float:
-    """Return the bytes that one token of one sequence keeps: 2 L Hkv head_dim values of `each` bytes."""
-    return 2 * len(model.layers) * model.num_kv_heads * model.head_dim * each
+def cache_bytes(model: LanguageModel, each: float, context: int) -> float:
+    """Return the bytes that generation keeps of one sequence, in values of `each` bytes: 2 L Hkv head_dim for
+    every token; of an LSTM its output and cell, however long the text is.
+    """
+    if isinstance(model, LSTMDecoder):
+        blocks = [block for block in model.layers if isinstance(block, RecurrentBlock)]
+        return each * sum(model.width + block.lstm.hidden_size for block in blocks)
+    return 2 * len(model.layers) * model.num_kv_heads * model.head_dim * each * context

@@ -17,8 +17,8 @@ from gatewright.evaluation.memory import (
     OPTIMIZERS,
     TRAINED_DTYPES,
     TrainingMemory,
+    cache_bytes,
     check_choice,
-    kv_cache_bytes_per_token,
     training_memory,
 )
 from gatewright.papers import all_papers, get_text_paper, published, published_names, text_papers
@@ -44,6 +44,10 @@ class Plan:
     """blocks: the total counts what is kept where activations inside blocks are computed again"""
     total_parameters: int
     active_parameters: int
+    inner_parameters: int
+    """without embedding and output matrix, as the tables of 2017 count"""
+    inner_operations: float
+    """multiply-adds per token without those two; of hierarchical gates, the groups that a token chooses"""
     forward_flops_per_token: float
     train_flops_per_token: float
     flops_by_part: dict[str, float]
@@ -52,7 +56,7 @@ class Plan:
     """share of the forward FLOPs in attention, projections included"""
     weights_gb: dict[str, float]
     kv_cache_gb: float
-    """of `batch` sequences of `context` tokens"""
+    """of `batch` sequences of `context` tokens; of an LSTM its state"""
     inference_gb: float
     """weights in `dtype` and the KV cache"""
     training_gb: dict[str, float] | None
@@ -84,11 +88,10 @@ def plan(
 ) -> Plan:
     """Return the Plan of a model, built on the meta device.
 
-    Args: `name` is a published size ("mixtral-8x7b"), a paper id (its small default), or a run's folder or
-    run.toml; or give `settings` (a paper's Settings), or `paper` alone. `dtype` (fp32, bf16, int8, int4) is
-    the weights'; activations and cache share it where it is fp32 or bf16, else they take bf16. `context` is
-    the settings' own by default, `device_memory_gb` a few common sizes; `recompute` is none or blocks.
-    Raises: UserError for an unknown name, dtype or optimizer, and for numbers below 1.
+    Args: `name` is a published size ("mixtral-8x7b"), a paper id (its small default), a run's folder or
+    run.toml; or give a paper's `settings`, or `paper` alone. `dtype` (fp32, bf16, int8, int4): the weights';
+    activations and cache share fp32 and bf16, else take bf16. Defaults: `context` the settings' own,
+    `device_memory_gb` a few common sizes. Raises: UserError for unknown words and for numbers below 1.
     """
     check_choice("dtype", dtype, tuple(BYTES_PER_WEIGHT))
     check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
@@ -101,7 +104,7 @@ def plan(
     cost = count_cost(model, length)
     total, each = cost.total_parameters, BYTES_PER_WEIGHT[dtype]
     trained = training_memory(model, dtype, length, batch, optimizer) if dtype in TRAINED_DTYPES else None
-    cache = kv_cache_bytes_per_token(model, max(each, 2.0)) * length * batch
+    cache = cache_bytes(model, max(each, 2.0), length) * batch
     inference = each * total + cache
     attention = cost.flops["attention_projections"] + cost.flops["attention_scores"]
     sizes = DEVICE_SIZES_GB if device_memory_gb is None else (float(device_memory_gb),)
@@ -116,6 +119,8 @@ def plan(
         recompute=recompute,
         total_parameters=total,
         active_parameters=cost.active_parameters,
+        inner_parameters=cost.inner_parameters,
+        inner_operations=cost.inner_operations,
         forward_flops_per_token=cost.forward_flops_per_token,
         train_flops_per_token=cost.train_flops_per_token,
         flops_by_part=dict(cost.flops),
@@ -230,6 +235,8 @@ def _lines(p: Plan) -> list[str]:
     head = [
         p.name,
         f"  parameters   total {p.total_parameters:,} · active {p.active_parameters:,}",
+        f"  inside       parameters {p.inner_parameters:,} · multiply-adds per token "
+        f"{p.inner_operations:,.0f} (without embedding and output matrix)",
         f"  FLOPs/token  forward {p.forward_flops_per_token:.4g} · training {p.train_flops_per_token:.4g}"
         f" (context {p.context})",
     ]

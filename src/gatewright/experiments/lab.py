@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatewright.backbones import Decoder, initialise
+from gatewright.backbones import Decoder, LanguageModel, initialise
 from gatewright.data import Corpus, open_corpus
 from gatewright.evaluation import bits_per_byte, take_bytes
 from gatewright.experiments.steps import Stepper, step_time_ratio
@@ -208,7 +208,7 @@ def _windows(texts: Mapping[str, Any], plan: Plan) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _counted(model: Decoder, windows: Iterator[Tensor]) -> dict[str, dict[str, Tensor]]:
+def _counted(model: LanguageModel, windows: Iterator[Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return each router's counts over validation text, in evaluation mode."""
     total: dict[str, dict[str, Tensor]] = {}
     model.eval()

@@ -20,6 +20,7 @@ from gatewright.experiments.interference import CLAIM as INTERFERENCE_CLAIM
 from gatewright.experiments.interference import run_interference
 from gatewright.experiments.hme_table1 import CLAIM as HME_CLAIM
 from gatewright.experiments.hme_table1 import run_hme_table1
+from gatewright.experiments.gated_tables import GATED
 from gatewright.experiments.local_ensemble import CLAIM as ENSEMBLE_CLAIM
 from gatewright.experiments.local_ensemble import run_ensemble
 from gatewright.experiments.local_figures import FIGURES
@@ -90,6 +91,7 @@ TARGETS: dict[str, Target] = {
     "local_experts/ensemble": Target("local_experts/ensemble", ENSEMBLE_CLAIM, run_ensemble),
     "local_experts/interference": Target("local_experts/interference", INTERFERENCE_CLAIM, run_interference),
     **{name: Target(name, claim, run) for name, (claim, run) in FIGURES.items()},
+    **{name: Target(name, claim, run) for name, (claim, run) in {**FIGURES, **GATED}.items()},
 }
 
 

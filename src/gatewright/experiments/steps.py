@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gatewright.backbones import Decoder
+from gatewright.backbones import LanguageModel
 from gatewright.objectives import NextToken
 from gatewright.parts.draws import fold
 from gatewright.training.state import update_rules
@@ -53,7 +53,12 @@ class Stepper:
     """
 
     def __init__(
-        self, model: Decoder, stream: Stream, settings: StepSettings, losses: Mapping[str, float], seed: int
+        self,
+        model: LanguageModel,
+        stream: Stream,
+        settings: StepSettings,
+        losses: Mapping[str, float],
+        seed: int,
     ) -> None:
         self.model, self.stream, self.settings, self.seed = model, stream, settings, seed
         self.objective = NextToken(losses=dict(losses))

@@ -83,6 +83,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
         "ICLR 2017, arXiv 1701.06538",
         "Noisy top-k gating: only K of up to thousands of experts are computed, held in use by "
         "importance and load losses.",
+        "wired",
     ),
     PaperInfo(
         "gshard",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatewright.backbones import Cost, Decoder, count_cost
+from gatewright.backbones import Cost, LanguageModel, count_cost
 from gatewright.data import Corpus
 from gatewright.errors import Diverged, UserError
 from gatewright.evaluation import Bits, bits_per_byte, take_bytes
@@ -44,7 +44,7 @@ class Trainer:
         self.micro_size = micro_batch_size(run, self.context)
         torch.manual_seed(run.seed)
         self.model: nn.Module = paper.build(self.settings).to(self.device)
-        if isinstance(self.model, Decoder):
+        if isinstance(self.model, LanguageModel):
             self.model.recompute = run.recompute == "blocks"
         set_router_dtype(self.model, run.router_dtype)
         self.objective = dataclasses.replace(paper.objective(self.settings), scope=run.balance_scope)
@@ -61,7 +61,7 @@ class Trainer:
         self._names = {p: n for n, p in self.model.named_parameters()}
         # What rules learn from loads (selection biases, penalties) is state like any weight.
         self._state = {**dict(self.model.named_parameters()), **dict(saved_buffers(self.model))}
-        self._routers = self.model.routers() if isinstance(self.model, Decoder) else {}
+        self._routers = self.model.routers() if isinstance(self.model, LanguageModel) else {}
         self.validation_text = self._validation_text()
 
     @property
