@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gatewright.backbones.attention import Attention
+from gatewright.backbones.latent import LatentAttention
 from gatewright.backbones.transformer import Block, Decoder
 from gatewright.errors import UserError
 from gatewright.parts import Experts, MoELayer
@@ -54,7 +55,7 @@ class Cost:
     `total_parameters`; `active_parameters`: those that one token meets (all but the unchosen experts).
     `flops`: forward floating-point operations per token by part (embedding, attention_projections,
     attention_scores, router, experts, shared_experts, dense_ffn, head), a multiply-add counting 2; training
-    takes 3 times the forward pass.
+    takes 3 times the forward pass. Blocks that predict further tokens are counted: training computes them.
     """
 
     total_parameters: int
@@ -75,8 +76,8 @@ class Cost:
 def count_cost(model: nn.Module, context: int) -> Cost:
     """Return the Cost of a Decoder per token, at sequences of `context` tokens.
 
-    Causal attention meets (context + 1) / 2 keys on average. Norms, activations, softmax and the optimizer
-    are not counted.
+    Causal attention meets (context + 1) / 2 keys on average, less within a window; a latent one is counted in
+    its full form. Norms, activations, softmax and the optimizer are not counted.
     """
     if not isinstance(model, Decoder):
         raise UserError(f"cost of a {type(model).__name__} is not known; allowed: a Decoder")
@@ -95,16 +96,18 @@ def count_cost(model: nn.Module, context: int) -> Cost:
     total = sum(p.numel() for p in model.parameters())
     idle = 0.0
     for module in model.modules():
-        if isinstance(module, Attention):
-            projections = (module.query, module.key, module.value, module.output)
-            flops["attention_projections"] += 2 * sum(p.weight.numel() for p in projections)
-            flops["attention_scores"] += 2 * 2 * module.num_heads * module.head_dim * (context + 1) / 2
-    for block in (layer for layer in model.layers if isinstance(layer, Block)):
+        if isinstance(module, Attention | LatentAttention):
+            flops["attention_projections"] += 2 * sum(p.weight.numel() for p in module.projections)
+            flops["attention_scores"] += 2 * module.numbers_per_pair * module.keys_met(context)
+    further = model.future_blocks
+    for block in (layer for layer in (*model.layers, *further) if isinstance(layer, Block)):
         own = _feed_forward(block.feed_forward, "dense_ffn")
         idle += sum(p.numel() for p in block.feed_forward.parameters()) - own.active
         for part, count in own.flops.items():
             flops[part] += count
-    flops["head"] = 2.0 * model.vocab_size * model.width
+    flops["head"] = 2.0 * model.vocab_size * model.width * (1 + len(further))
+    if further:
+        flops["future"] = 2.0 * len(further) * 2 * model.width**2
     return Cost(total_parameters=total, active_parameters=round(total - idle), flops=flops)
 
 

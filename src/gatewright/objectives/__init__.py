@@ -1,6 +1,6 @@
 """What a model is trained towards: a task loss plus the named losses over its routers' Stats."""
 
 from gatewright.objectives.mixture import CaseError
-from gatewright.objectives.next_token import Loss, NextToken
+from gatewright.objectives.next_token import Loss, NextToken, check_weights
 
-__all__ = ["CaseError", "Loss", "NextToken"]
+__all__ = ["CaseError", "Loss", "NextToken", "check_weights"]
