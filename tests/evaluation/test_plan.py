@@ -123,7 +123,6 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
         ("deepseek_v3", {"latent": (24, 16, 16, 8, 12)}),
         ("gpt_oss", {"window": 32}),
         ("qwen2_moe", {}),
-        ("qwen3_moe", {}),
     ],
 )
 @pytest.mark.parametrize("form", [None, "matmul"])

@@ -186,6 +186,8 @@ class Attention(nn.Module):
                 f"qk_norm {qk_norm!r} is unknown{did_you_mean(qk_norm, QK_NORMS)}; allowed: "
                 f"{', '.join(QK_NORMS)}"
             )
+        if head_dim < 1:
+            raise UserError(f"head_dim {head_dim}; allowed: 1 or more")
         if window is not None and window < 1:
             raise UserError(f"window {window}; allowed: 1 or more, or none for all of the past")
         self.num_heads, self.num_kv_heads, self.head_dim, self.qk_norm = (
