@@ -236,7 +236,9 @@ class Attention(nn.Module):
             return (whole * self.window * (self.window + 1) / 2 + rest * (rest + 1) / 2) / context
         return self.window - self.window * (self.window - 1) / (2 * context)
 
-    def new_cache(self, batch: int, capacity: int, like: Tensor, dtype: torch.dtype) -> LayerCache:
+    def new_cache(
+        self, batch: int, capacity: int, like: Float[Tensor, "..."], dtype: torch.dtype
+    ) -> LayerCache:
         """Return an empty cache for `batch` texts of up to `capacity` positions, on `like`'s device."""
         shape = (batch, self.num_kv_heads, capacity, self.head_dim)
         return LayerCache(like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype))

@@ -99,7 +99,9 @@ class LatentAttention(nn.Module):
         """Return how many keys a token meets on average, in texts of `context` tokens."""
         return (context + 1) / 2
 
-    def new_cache(self, batch: int, capacity: int, like: Tensor, dtype: torch.dtype) -> LayerCache:
+    def new_cache(
+        self, batch: int, capacity: int, like: Float[Tensor, "..."], dtype: torch.dtype
+    ) -> LayerCache:
         """Return an empty cache for `batch` texts of up to `capacity` positions, on `like`'s device."""
         keys = like.new_zeros((batch, 1, capacity, self.cached_numbers), dtype=dtype)
         return LayerCache(keys, keys.new_zeros((batch, 1, capacity, 0)))
