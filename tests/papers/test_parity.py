@@ -17,6 +17,7 @@ theirs = pytest.importorskip("tests.papers.theirs", exc_type=ImportError)
 
 FAMILIES = tuple(theirs.CLASSES)
 YARN = "yarn:factor=4,original=8"
+LLAMA3 = "llama3:factor=4,original=16,low=1,high=4"
 
 
 def random_settings(family: str, draw: random.Random) -> Any:
@@ -36,7 +37,7 @@ def random_settings(family: str, draw: random.Random) -> Any:
     if "rope_theta" in fields:
         changes["rope_theta"] = draw.choice([100.0, 1e4])
     if "rope_scaling" in fields:
-        changes["rope_scaling"] = draw.choice(["none", YARN, "llama3:factor=4,original=16,low=1,high=4"])
+        changes["rope_scaling"] = draw.choice(["none", "linear:factor=3", YARN, LLAMA3])
     if "latent" in fields:
         changes["latent"] = (
             draw.choice([0, 6]),
@@ -97,6 +98,24 @@ def test_logits_are_theirs_with_and_without_a_cache(family: str):
                 past = step.past_key_values
                 near(step.logits, expected[:, start:end])
                 near(model(piece, own).logits, expected[:, start:end])
+
+
+def test_dynamic_positions_grow_with_the_text_as_theirs():
+    scaling = "dynamic:factor=4,original=8"
+    settings = replace(random_settings("qwen3_moe", random.Random(2)), rope_scaling=scaling)
+    # Theirs takes the configured context for the original one, and goes beyond it.
+    other = theirs.random_model("qwen3_moe", replace(settings, context=8), 0)
+    model = theirs.ours_of("qwen3_moe", settings, other)
+    tokens = torch.randint(0, settings.vocab_size, (2, 13))
+    with torch.no_grad():
+        whole = other(tokens, use_cache=False).logits
+        near(model(tokens).logits, whole)
+        own, past = model.new_cache(2), None
+        for start, end in ((0, 6), (6, 9), (9, 10), (10, 13)):
+            step = other(tokens[:, start:end], past_key_values=past, use_cache=True)
+            past = step.past_key_values
+            near(model(tokens[:, start:end], own).logits, step.logits)
+    assert not torch.allclose(step.logits, whole[:, 10:], atol=1e-3), "keys keep the angles they came with"
 
 
 def parameters(name: str) -> tuple[str, Any, int, int]:
