@@ -99,7 +99,7 @@ def test_a_run_moves_the_biases_and_learns_the_further_token():
     tokens = torch.randint(0, 20, (4, 17))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ahead = []
-    for _ in range(40):
+    for _ in range(25):
         output = model(tokens[:, :-1])
         loss = objective(output, tokens[:, 1:])
         ahead.append(float((loss.total - loss.task).detach()))
@@ -111,10 +111,10 @@ def test_a_run_moves_the_biases_and_learns_the_further_token():
         )
     # Beside the small loss per sequence it is lambda times the further token's.
     assert ahead[0] == pytest.approx(0.3 * 3.0, rel=0.2)
-    assert ahead[-1] < 0.5 * ahead[0]
+    assert ahead[-1] < 0.7 * ahead[0]
     assert set(model.routers()) == {"layers.1.router", "layers.2.router", "future.0.router"}
     for router in model.routers().values():
-        assert int(router.rule.bias.updates) == 40
+        assert int(router.rule.bias.updates) == 25
         assert float(router.rule.bias.bias.abs().max()) > 1e-3
 
 
