@@ -59,6 +59,7 @@ OBJECTIVES_SEE = {
 PAPER_IDS = (
     *("local_experts", "hme", "deep_moe", "sparsely_gated", "gshard", "switch", "glam", "vmoe", "st_moe"),
     *("expert_choice", "mixtral", "deepseek_moe", "deepseek_v2", "deepseek_v3", "olmoe"),
+    *("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4"),
 )
 TORCH_WIDE = (
     *("set_num_threads", "set_num_interop_threads", "set_default_dtype", "set_default_device", "manual_seed"),

@@ -41,7 +41,8 @@ def numeric(owner: type) -> list[str]:
 
 # Where nothing is a setting of its own: off, none of it, or torch's choice. Elsewhere 0 is refused.
 ZERO = {"data_seed", "seed", "warmup_steps", "decay_share", "final_rate", "weight_decay", "beta1", "beta2"}
-ZERO |= {"adam_eps", "clip", "ema", "threads", "balance_weight", "z_weight"}
+ZERO |= {"adam_eps", "clip", "ema", "threads", "balance_weight", "z_weight", "device_weight", "bias_rate"}
+ZERO |= {"communication_weight", "future_tokens", "future_weight", "num_shared_experts"}
 # Not looked at while the layers are sparse.
 UNUSED = {"ffn_width"}
 

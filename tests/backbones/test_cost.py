@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gatewright.backbones import Decoder, count_cost
+from gatewright.backbones import Attention, Decoder, count_cost
 from gatewright.errors import UserError
 from gatewright.kernels import native
 from gatewright.parts import MLP, MoELayer
@@ -82,6 +82,16 @@ def test_counting_needs_no_memory():
         layers = [MoELayer(1024, 64, 8, 4096) for _ in range(2)]
         model = Decoder(1000, 1024, 8, layers)
     assert count_cost(model, 10).total_parameters > 1.6e9
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_keys_met_are_those_that_positions_see(window: int | None, chunked: bool):
+    attention = Attention(8, 2, 2, 4, window=window, chunked=chunked)
+    for context in (1, 6, 7, 12):
+        limit = window or context
+        met = [position % limit + 1 if chunked else min(position + 1, limit) for position in range(context)]
+        assert attention.keys_met(context) == pytest.approx(sum(met) / context)
 
 
 def test_another_model_is_refused():

@@ -88,7 +88,7 @@ def test_a_plan_takes_no_memory_and_little_time():
     for name in published_names():
         plan(name)
     # Weights of these add up to more than a terabyte; allocated, no machine would pass.
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 0.5 * len(published_names())
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
@@ -122,6 +122,10 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
         ("sparsely_gated", {}),
         ("sparsely_gated", {"moe_layers": "none", "ffn_width": 96, "ffn_depth": 3, "dropout": 0.0}),
         ("sparsely_gated", {"lstm_width": 96}),
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {"latent": (24, 16, 16, 8, 12)}),
+        ("gpt_oss", {"window": 32}),
+        ("qwen2_moe", {}),
     ],
 )
 @pytest.mark.parametrize("form", [None, "matmul"])

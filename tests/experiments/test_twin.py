@@ -29,7 +29,9 @@ def settings_of(paper: str, pattern: str, per_layer: bool) -> Any:
     return dataclasses.replace(settings, **PER_LAYER, **more)
 
 
-@pytest.mark.parametrize("paper", ["sparsely_gated", "mixtral", "switch", "olmoe"])
+@pytest.mark.parametrize(
+    "paper", ["sparsely_gated", "mixtral", "switch", "olmoe", "deepseek_v2", "deepseek_v3"]
+)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_a_twin_equals_what_it_is_matched_in(paper: str, pattern: str, per_layer: bool):
@@ -48,7 +50,9 @@ def test_a_twin_equals_what_it_is_matched_in(paper: str, pattern: str, per_layer
     assert sum(p.numel() for p in built.parameters()) == active.total_parameters
 
 
-@pytest.mark.parametrize("paper", ["sparsely_gated", "mixtral", "switch", "olmoe"])
+@pytest.mark.parametrize(
+    "paper", ["sparsely_gated", "mixtral", "switch", "olmoe", "deepseek_v2", "deepseek_v3"]
+)
 @pytest.mark.parametrize("against", ["active", "total"])
 def test_dense_layers_keep_their_width(paper: str, against: Against):
     settings = dataclasses.replace(settings_of(paper, "every:2", per_layer=True), moe_layers="every:2")

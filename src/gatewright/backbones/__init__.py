@@ -1,38 +1,50 @@
 """Backbones: what the mixtures sit in."""
 
 from gatewright.backbones import initialise
+from gatewright.backbones.ahead import AheadReader
+from gatewright.backbones.assemble import feed_forwards, latent_decoder
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
 from gatewright.backbones.cases import HiddenLayer, Mixture, MixtureOutput
 from gatewright.backbones.cost import Cost, count_cost, on_no_memory
 from gatewright.backbones.deep import DeepMLP, dense_layer
 from gatewright.backbones.lstm import LanguageModel, LSTMCache, LSTMDecoder, RecurrentBlock
+from gatewright.backbones.future import FutureToken
+from gatewright.backbones.latent import LatentAttention, LatentSizes
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.pattern import moe_pattern, per_layer
+from gatewright.backbones.scaling import RopeScaling
 from gatewright.backbones.transformer import Block, Decoder, DecoderOutput, KVCache
 from gatewright.backbones.tree import ExpertTree
 
 __all__ = [
+    "AheadReader",
     "Attention",
     "Block",
     "Cost",
     "Decoder",
     "DecoderOutput",
-    "ExpertTree",
     "DeepMLP",
+    "ExpertTree",
+    "FutureToken",
     "HiddenLayer",
     "KVCache",
     "LSTMCache",
     "LSTMDecoder",
     "LanguageModel",
+    "LatentAttention",
+    "LatentSizes",
     "LayerCache",
     "Mixture",
     "MixtureOutput",
     "RMSNorm",
     "RecurrentBlock",
+    "RopeScaling",
     "RotaryPositions",
     "count_cost",
     "dense_layer",
+    "feed_forwards",
     "initialise",
+    "latent_decoder",
     "moe_pattern",
     "on_no_memory",
     "per_layer",

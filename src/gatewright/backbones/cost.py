@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gatewright.backbones.attention import Attention
+from gatewright.backbones.latent import LatentAttention
 from gatewright.backbones.lstm import LanguageModel, RecurrentBlock
 from gatewright.backbones.transformer import Block
 from gatewright.errors import UserError
@@ -56,9 +57,10 @@ class Cost:
     `total_parameters`; `active_parameters`: those that one token meets (all but the unchosen experts).
     `flops`: forward floating-point operations per token by part (embedding, attention_projections,
     attention_scores, recurrent, router, experts, shared_experts, dense_ffn, head), a multiply-add counting 2;
-    training takes 3 times the forward pass. Without embedding and head, as the tables of Shazeer et al. 2017
-    count: `inner_parameters`, and the multiply-adds per token `inner_operations`, of a hierarchical router
-    those of the groups that a token chooses (`flops` has all, since all are computed here).
+    training takes 3 times the forward pass. Blocks that predict further tokens are counted: training computes
+    them. Without embedding and head, as the tables of Shazeer et al. 2017 count: `inner_parameters`, and the
+    multiply-adds per token `inner_operations`, of a hierarchical router those of the groups that a token
+    chooses (`flops` has all, since all are computed here).
     """
 
     total_parameters: int
@@ -81,8 +83,9 @@ class Cost:
 def count_cost(model: nn.Module, context: int) -> Cost:
     """Return the Cost of a Decoder or an LSTMDecoder per token, at sequences of `context` tokens.
 
-    Causal attention meets (context + 1) / 2 keys on average. Norms, activations, softmax and the optimizer
-    are not counted; what a router multiplies for its learned noise in training is.
+    Causal attention meets (context + 1) / 2 keys on average, less within a window; a latent one is counted in
+    its full form. Norms, activations, softmax and the optimizer are not counted; what a router multiplies for
+    its learned noise in training is.
     """
     if not isinstance(model, LanguageModel):
         raise UserError(
@@ -104,13 +107,13 @@ def count_cost(model: nn.Module, context: int) -> Cost:
     total = sum(p.numel() for p in model.parameters())
     idle = 0.0
     for module in model.modules():
-        if isinstance(module, Attention):
-            projections = (module.query, module.key, module.value, module.output)
-            flops["attention_projections"] += 2 * sum(p.weight.numel() for p in projections)
-            flops["attention_scores"] += 2 * 2 * module.num_heads * module.head_dim * (context + 1) / 2
+        if isinstance(module, Attention | LatentAttention):
+            flops["attention_projections"] += 2 * sum(p.weight.numel() for p in module.projections)
+            flops["attention_scores"] += 2 * module.numbers_per_pair * module.keys_met(context)
         elif isinstance(module, nn.LSTM):
             flops["recurrent"] += 2 * sum(p.numel() for p in module.parameters() if p.dim() > 1)
-    for block in (layer for layer in model.layers if isinstance(layer, Block | RecurrentBlock)):
+    further = model.future_blocks
+    for block in (layer for layer in (*model.layers, *further) if isinstance(layer, Block | RecurrentBlock)):
         if block.feed_forward is None:
             continue
         own = _feed_forward(block.feed_forward, "dense_ffn")
@@ -118,7 +121,9 @@ def count_cost(model: nn.Module, context: int) -> Cost:
         for part, count in own.flops.items():
             flops[part] += count
     inner = sum(flops.values()) / 2 - sum(map(_unchosen_groups, model.routers().values()))
-    flops["head"] = 2.0 * model.vocab_size * model.width
+    flops["head"] = 2.0 * model.vocab_size * model.width * (1 + len(further))
+    if further:
+        flops["future"] = 2.0 * len(further) * 2 * model.width**2
     ends = {id(p): p.numel() for p in (model.embedding.weight, model.head.weight)}
     return Cost(
         total_parameters=total,

@@ -45,8 +45,11 @@ def attend_few(
 ) -> Float[Tensor, "B S D"] | None:
     """Return what the block's attention adds to x, the cache extended; None where it is not a plain one."""
     attention, norm = block.attention, block.attention_norm
-    maps = (attention.query, attention.key, attention.value, attention.output)
-    if attention.qk_norm != "none" or not _plain(attention, Attention) or not _plain(norm, RMSNorm):
+    if not _plain(attention, Attention) or not _plain(norm, RMSNorm):
+        return None
+    assert isinstance(attention, Attention)
+    maps = attention.projections
+    if not _turns_alone(attention) or cos.shape[-1] != attention.head_dim:
         return None
     if not all(_plain(one, nn.Linear) and one.bias is None for one in maps) or type(cache) is not LayerCache:
         return None
@@ -86,6 +89,13 @@ def add_experts(
     if held.scale_in is None and held.w_in.dtype not in (x.dtype, torch.float32):
         return None
     return decode_experts(x, added, norm.weight, norm.eps, router.weight.contiguous(), scores, top, held)
+
+
+def _turns_alone(attention: Attention) -> bool:
+    """Return whether queries and keys are turned, and nothing else is done to them or to their scores."""
+    more = (attention.window, attention.sinks, attention.temperature)
+    turned = attention.rotary and not attention.interleaved and attention.qk_norm == "none"
+    return turned and all(one is None for one in more)
 
 
 def _plain(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:

@@ -127,6 +127,11 @@ class LSTMDecoder(nn.Module):
         self.layers = nn.ModuleList(RecurrentBlock(width, own, lstm_width, dropout) for own in feed_forwards)
         self.head = nn.Linear(width, vocab_size, bias=False)
 
+    @property
+    def future_blocks(self) -> list[nn.Module]:
+        """Blocks that predict further tokens: there are none."""
+        return []
+
     def new_cache(
         self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None
     ) -> LSTMCache:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,20 +12,27 @@ from torch.utils.checkpoint import checkpoint
 
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
 from gatewright.backbones.decoding import add_experts, attend_few, few_tokens
+from gatewright.backbones.future import FutureToken
+from gatewright.backbones.latent import LatentAttention
 from gatewright.backbones.norm import RMSNorm
+from gatewright.backbones.scaling import RopeScaling
 from gatewright.errors import UserError
 from gatewright.kernels import apply_linears
 from gatewright.parts import MoELayer, Router, Stats
 from gatewright.parts.draws import fold
 
+AnyAttention: TypeAlias = Attention | LatentAttention
+
 
 class DecoderOutput(NamedTuple):
     """What a decoder returns: `logits` [B, S, V] and the Stats of its routers, by name
-    ("layers.3.router").
+    ("layers.3.router"). `future`: in training, where the model predicts further tokens, the logits of depth
+    k = 1, 2, ..., [B, S - k, V]: at i, those of token i + k + 1.
     """
 
     logits: Float[Tensor, "B S V"]
     stats: Stats
+    future: tuple[Tensor, ...] = ()
 
 
 class KVCache:
@@ -39,11 +46,16 @@ class KVCache:
         """Positions stored so far."""
         return self.layers[0].length if self.layers else 0
 
+    def cut(self, length: int) -> None:
+        """Forget the positions from `length` on; what is appended takes their place."""
+        for layer in self.layers:
+            layer.length = min(length, layer.length)
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): [B, S, D] -> ([B, S, D], Stats)."""
 
-    def __init__(self, width: int, attention: Attention, feed_forward: nn.Module, norm_eps: float) -> None:
+    def __init__(self, width: int, attention: AnyAttention, feed_forward: nn.Module, norm_eps: float) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(width, norm_eps)
         self.attention = attention
@@ -53,8 +65,8 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        cos: Float[Tensor, "S head_dim"],
-        sin: Float[Tensor, "S head_dim"],
+        cos: Float[Tensor, "S rotary"],
+        sin: Float[Tensor, "S rotary"],
         cache: LayerCache | None = None,
         capture: bool = False,
         key: Int64[Tensor, ""] | None = None,
@@ -83,8 +95,11 @@ class Decoder(nn.Module):
 
     Args: `feed_forwards` holds one module per layer, a MoELayer or a plain [..., D] -> [..., D] module: the
     pattern of dense and sparse layers is this list. `context` is the longest text it is trained on; positions
-    beyond it are refused. With `recompute` set, the backward pass computes each block again from its input
-    instead of keeping what is inside it; numbers are the same.
+    beyond it are refused. `attentions`, one per layer, replace those built here from heads and
+    `qk_norm`; they say how many of a head's numbers `rotary_dim` are turned. `future` are blocks that
+    predict, each, one token further (`FutureToken`); only training and `ahead` ask them. With `recompute`
+    set, the backward pass computes each block again from its input instead of keeping what is inside it;
+    numbers are the same.
     """
 
     recompute: bool = False
@@ -103,6 +118,10 @@ class Decoder(nn.Module):
         norm_eps: float = 1e-5,
         qk_norm: str = "none",
         tie_embeddings: bool = False,
+        attentions: Sequence[AnyAttention] | None = None,
+        rotary_dim: int | None = None,
+        rope_scaling: RopeScaling | str = "none",
+        future: Sequence[Block] = (),
     ) -> None:
         super().__init__()
         if min(vocab_size, width, context) < 1 or not feed_forwards:
@@ -119,44 +138,47 @@ class Decoder(nn.Module):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.vocab_size, self.width, self.context = vocab_size, width, context
         self.embedding = nn.Embedding(vocab_size, width)
-        self.rotary = RotaryPositions(self.head_dim, rope_theta)
-        self.layers = nn.ModuleList(
-            Block(
-                width,
-                Attention(
-                    width, num_heads, self.num_kv_heads, self.head_dim, qk_norm=qk_norm, norm_eps=norm_eps
-                ),
-                feed_forward,
-                norm_eps,
+        self.rotary = RotaryPositions(rotary_dim or self.head_dim, rope_theta, rope_scaling)
+        heads = (width, num_heads, self.num_kv_heads, self.head_dim)
+        if attentions is None:
+            attentions = [Attention(*heads, qk_norm=qk_norm, norm_eps=norm_eps) for _ in feed_forwards]
+        if len(attentions) != len(feed_forwards):
+            raise UserError(
+                f"{len(attentions)} attentions for {len(feed_forwards)} layers; allowed: one for each"
             )
-            for feed_forward in feed_forwards
+        self.layers = nn.ModuleList(
+            Block(width, attention, feed_forward, norm_eps)
+            for attention, feed_forward in zip(attentions, feed_forwards, strict=True)
         )
         self.norm = RMSNorm(width, norm_eps)
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.tie_embeddings = tie_embeddings
         if tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.future = nn.ModuleList(FutureToken(width, block, norm_eps) for block in future)
+
+    @property
+    def future_blocks(self) -> list[Block]:
+        """The blocks that predict further tokens, by depth."""
+        blocks = (module.block for module in self.future if isinstance(module, FutureToken))
+        return [block for block in blocks if isinstance(block, Block)]
 
     def new_cache(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
         """Return an empty cache for `batch` texts of up to `capacity` positions (default: the context)."""
         weight = self.embedding.weight
-        shape = (batch, self.num_kv_heads, capacity or self.context, self.head_dim)
-        kind = dtype or weight.dtype
-        return KVCache(
-            [
-                LayerCache(weight.new_zeros(shape, dtype=kind), weight.new_zeros(shape, dtype=kind))
-                for _ in range(len(self.layers))
-            ]
-        )
+        size, kind = capacity or self.context, dtype or weight.dtype
+        blocks = (block for block in self.layers if isinstance(block, Block))
+        return KVCache([block.attention.new_cache(batch, size, weight, kind) for block in blocks])
 
     def routers(self) -> dict[str, Router]:
         """Return every router under the name that its record has in Stats."""
-        layers = ((i, block.feed_forward) for i, block in enumerate(self.layers))
+        blocks = [(f"layers.{i}", block) for i, block in enumerate(self.layers)]
+        blocks += [(f"future.{i}", block) for i, block in enumerate(self.future_blocks)]
         return {
-            f"layers.{i}.{name}": router
-            for i, layer in layers
-            if isinstance(layer, MoELayer)
-            for name, router in layer.routers().items()
+            f"{place}.{name}": router
+            for place, block in blocks
+            if isinstance(block.feed_forward, MoELayer)
+            for name, router in block.feed_forward.routers().items()
         }
 
     def forward(
@@ -175,6 +197,28 @@ class Decoder(nn.Module):
         For generation: without `with_stats` the Stats are empty, and with `only_last` the logits are those
         after the last token, [B, 1, V].
         """
+        x, stats = self.read(tokens, cache, capture, key, with_stats=with_stats)
+        states = self.norm(x[:, -1:] if only_last else x)
+        (logits,) = apply_linears(states, (self.head,))
+        if not len(self.future) or not self.training or cache is not None or only_last:
+            return DecoderOutput(logits, stats)
+        further = []
+        for depth in range(1, min(len(self.future), tokens.shape[1] - 1) + 1):
+            states, own = self.ahead(states[:, : tokens.shape[1] - depth], tokens[:, depth:], depth, key=key)
+            stats = stats | own.under(f"future.{depth - 1}")
+            further += apply_linears(states, (self.head,))
+        return DecoderOutput(logits, stats, tuple(further))
+
+    def read(
+        self,
+        tokens: Int64[Tensor, "B S"],
+        cache: KVCache | None = None,
+        capture: bool = False,
+        key: Int64[Tensor, ""] | None = None,
+        *,
+        with_stats: bool = True,
+    ) -> tuple[Float[Tensor, "B S D"], Stats]:
+        """Return what leaves the last block, before the last norm, and Stats; arguments as `forward`'s."""
         start = cache.length if cache is not None else 0
         length = tokens.shape[1]
         if start + length > self.context:
@@ -195,5 +239,24 @@ class Decoder(nn.Module):
             else:
                 x, own = block(*given)
             stats = stats | own.under(f"layers.{i}")
-        (logits,) = apply_linears(self.norm(x[:, -1:] if only_last else x), (self.head,))
-        return DecoderOutput(logits, stats)
+        return x, stats
+
+    def ahead(
+        self,
+        states: Float[Tensor, "B S D"],
+        tokens: Int64[Tensor, "B S"],
+        depth: int = 1,
+        cache: LayerCache | None = None,
+        key: Int64[Tensor, ""] | None = None,
+    ) -> tuple[Float[Tensor, "B S D"], Stats]:
+        """Return the states of `depth` from those of the depth before (0: after the last norm) and the tokens
+        that stand `depth` places behind them; with a cache, both continue it.
+        """
+        start = depth + (0 if cache is None else cache.length)
+        embedded = self.embedding(tokens)
+        cos, sin = self.rotary.tables(start, tokens.shape[1], tokens.device, embedded.dtype)
+        own_key = None if key is None else fold(key, len(self.layers) + depth - 1)
+        found: tuple[Tensor, Stats] = self.future[depth - 1](
+            states, embedded, cos, sin, cache, own_key, tokens, with_stats=cache is None
+        )
+        return found

@@ -20,6 +20,7 @@ class GenerateSettings:
     top_p: float = 0.95  # draw from the likeliest tokens that together have this probability
     top_k: int | None = None  # draw from this many of the likeliest tokens
     seed: int = 0  # of the draws
+    ahead: bool = False  # let the model's further block (deepseek_v3) guess tokens: the same text, sooner
     averaged: bool = False  # use the averaged weights instead of the live ones
     int8_experts: bool = False  # read the experts' weights in int8
     threads: int = 0  # CPU threads; 0 is torch's own choice
@@ -47,7 +48,7 @@ def work(argv: list[str], common: Common, stdout: TextIO) -> Outcome:
     start, reader, pieces = time.monotonic(), TextStream(loaded.tokenizer), [s.prompt]
     show = str if common.json else stdout.write
     end = loaded.tokenizer.eot
-    drawing = {key: getattr(s, key) for key in ("temperature", "top_p", "top_k", "seed")}
+    drawing = {key: getattr(s, key) for key in ("temperature", "top_p", "top_k", "seed", "ahead")}
     ids = [end, *loaded.tokenizer.encode(s.prompt).tolist()]
     drawn = stream(model, ids, max_new_tokens=s.max_new_tokens, stop=[end], **drawing)
     show(s.prompt)  # after stream has checked its arguments: a mistake prints its line and nothing else

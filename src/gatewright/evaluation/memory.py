@@ -10,7 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gatewright.backbones import Attention, Block, DeepMLP, LanguageModel, LSTMDecoder, RecurrentBlock
+from gatewright.backbones import (
+    Attention,
+    Block,
+    DeepMLP,
+    LanguageModel,
+    LatentAttention,
+    LSTMDecoder,
+    RecurrentBlock,
+)
 from gatewright.errors import UserError, did_you_mean
 from gatewright.kernels import choose_attention, native
 from gatewright.kernels.dense import fits
@@ -82,12 +90,13 @@ def training_memory(
     ]
     ends = _ends_bytes(model, each)
     kept_inputs = each * model.width * len(blocks)
+    further = sum(_future_bytes(model, block, each, context, batch) for block in model.future_blocks)
     return TrainingMemory(
         weights=each * count,
         gradients=each * count,
         optimizer=float((state + master) * count),
-        activations=tokens * (sum(blocks) + ends) + _wide_copies(model, each),
-        recomputed=tokens * (kept_inputs + max(blocks) + ends),
+        activations=tokens * (sum(blocks) + further + ends) + _wide_copies(model, each),
+        recomputed=tokens * (kept_inputs + max(blocks) + further + ends),
     )
 
 
@@ -111,17 +120,43 @@ def _block_bytes(block: Block, each: float, context: int, batch: int) -> float:
     matrix); gated feed-forward: both halves, the activated gate and the product; mixture: the pre-activations
     of K experts, the router's fp32 input and what `_router_bytes` says, and the plan.
     """
-    attention = block.attention
-    assert isinstance(attention, Attention)
-    width = attention.query.weight.shape[1]
+    attention, width = block.attention, block.attention_norm.weight.shape[0]
+    kept = 2 * _norm_bytes(width, each)
+    if isinstance(attention, LatentAttention):
+        kept += _latent_bytes(attention, each, context, batch)
+    else:
+        kept += _attention_bytes(attention, each, context, batch)
+    return kept + _feed_forward_bytes(block.feed_forward, width, each)
+
+
+def _future_bytes(model: Decoder, block: Block, each: float, context: int, batch: int) -> float:
+    """Per token, what a block that predicts further tokens keeps: itself, what it is made of, its loss."""
+    joined = 2 * _norm_bytes(model.width, each, output_kept=False) + each * 2 * model.width
+    return _block_bytes(block, each, context, batch) + joined + _ends_bytes(model, each)
+
+
+def _attention_bytes(attention: Attention, each: float, context: int, batch: int) -> float:
     query, key = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    kept = 2 * _norm_bytes(width, each) + each * (2 * query + 2 * key) + 4 * attention.num_heads
+    kept = each * (2 * query + 2 * key) + 4 * attention.num_heads
     kept += _scores_bytes(attention, each, context, batch)
-    if attention.qk_norm != "none":
+    if attention.qk_norm in ("head", "width"):
         per_head = attention.qk_norm == "head"
         for size, heads in ((query, attention.num_heads), (key, attention.num_kv_heads)):
             kept += _norm_bytes(size, each, output_kept=False, norms=heads if per_head else 1)
-    return kept + _feed_forward_bytes(block.feed_forward, width, each)
+    return kept
+
+
+def _latent_bytes(attention: LatentAttention, each: float, context: int, batch: int) -> float:
+    """Per token: queries, keys and values padded to their size, the padded output and the one that is
+    multiplied, log-sum-exps; latents as they are normed and as they are multiplied, and the queries' ones.
+    """
+    sizes, heads = attention.sizes, attention.num_heads
+    size = sizes.head_dim + sizes.rotary_dim
+    kept = each * heads * (4 * size + sizes.value_dim) + 4 * heads
+    by_matmuls = _by_matmuls(heads, heads, size, each, context, batch)
+    kept += by_matmuls - each * heads * size if by_matmuls else 0  # which keep no padded output
+    kept += _norm_bytes(sizes.kv_rank, each)
+    return kept + (_norm_bytes(sizes.query_rank, each) if sizes.query_rank else 0)
 
 
 def _recurrent_bytes(block: RecurrentBlock, each: float) -> float:
@@ -153,6 +188,14 @@ def _scores_bytes(attention: Attention, each: float, context: int, batch: int) -
     that all texts share, keys and values once for each head of queries; but no log-sum-exps.
     """
     heads, kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    hides = attention.window is not None and attention.window < context
+    if hides or attention.sinks is not None:  # a softmax in fp32, and its weights as they are multiplied
+        kept = heads * (4 * (context + (attention.sinks is not None)) + (each * context if each < 4 else 0))
+        return kept + context / batch + each * 2 * (heads - kv_heads) * head_dim - 4 * heads
+    return _by_matmuls(heads, kv_heads, head_dim, each, context, batch)
+
+
+def _by_matmuls(heads: int, kv_heads: int, head_dim: int, each: float, context: int, batch: int) -> float:
     number = torch.zeros((), dtype=torch.float32 if each == BYTES_PER_WEIGHT["fp32"] else torch.bfloat16)
     q, k = (number.expand(1, count, context, head_dim) for count in (heads, kv_heads))
     if choose_attention(q, k)[0] != "matmul":
@@ -238,10 +281,12 @@ def _ends_bytes(model: LanguageModel, each: float) -> float:
 
 
 def cache_bytes(model: LanguageModel, each: float, context: int) -> float:
-    """Return the bytes that generation keeps of one sequence, in values of `each` bytes: 2 L Hkv head_dim for
-    every token; of an LSTM its output and cell, however long the text is.
+    """Return the bytes that generation keeps of one sequence, in values of `each` bytes: for every token in
+    each layer 2 Hkv head_dim, or the latent and the rotary key of latent attention; of an LSTM its output and
+    cell, however long the text is.
     """
     if isinstance(model, LSTMDecoder):
         blocks = [block for block in model.layers if isinstance(block, RecurrentBlock)]
         return each * sum(model.width + block.lstm.hidden_size for block in blocks)
-    return 2 * len(model.layers) * model.num_kv_heads * model.head_dim * each * context
+    per_token = sum(block.attention.cached_numbers for block in model.layers if isinstance(block, Block))
+    return per_token * each * context

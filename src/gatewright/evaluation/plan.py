@@ -190,7 +190,7 @@ def _resolve(name: str | None, settings: Any, paper: str | None) -> tuple[str, s
         name = paper
     if name in published_names():
         return name, *published(name)
-    if name in [info.id for info in all_papers()]:
+    if name in (*text_papers(), *(info.id for info in all_papers())):
         return f"{name} (small default)", name, get_text_paper(name).Settings()
     path = Path(name)
     if path.is_dir() or path.suffix == ".toml":

@@ -61,8 +61,13 @@ def dense_twin(paper: str, settings: Any, against: Against = "active") -> Any:
         return dataclasses.replace(settings, moe_layers="none", ffn_width=tuple(widths))
 
     one, two = (_measure(cost_of(paper, widened(extra)), against) for extra in (0, 1))
-    twin = widened(max(0, round((target - one) / (two - one))))
+    extra = max(0, round((target - one) / (two - one)))
+    twin = widened(extra)
     reached = _measure(cost_of(paper, twin), against)
+    if extra and abs(reached / target - 1) > TOLERANCE:
+        # A further block has the last layer's width, so that a unit there costs more than the first one.
+        twin = widened(max(0, round(extra * (target - one) / (reached - one))))
+        reached = _measure(cost_of(paper, twin), against)
     if abs(reached / target - 1) > TOLERANCE:
         raise UserError(
             f"the nearest dense twin has {reached / target - 1:+.1%} of the sparse model's {against} cost; "

@@ -18,6 +18,7 @@ from gatewright.kernels.native.route import FusedRoute, TopK, fused_route
 from gatewright.kernels.norm import add_norm, rms_norm
 from gatewright.kernels.plan import DispatchPlan, ExpertWeights
 from gatewright.kernels.ranking import rank_rows, ranks_fast
+from gatewright.kernels.within import attend_within
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +31,7 @@ __all__ = [
     "add_norm",
     "apply_linears",
     "attend",
+    "attend_within",
     "check_activation",
     "choose_attention",
     "choose_backend",

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from gatewright.backbones import Decoder
 from gatewright.backbones.attention import Attention
+from gatewright.backbones.latent import LatentAttention
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.transformer import Block
 from gatewright.parts import MLP, MoELayer
@@ -67,7 +68,7 @@ def part_of(module: nn.Module) -> str | None:
     """Return the part that a module's own work belongs to."""
     if isinstance(module, RMSNorm | Block):
         return "norms"
-    if isinstance(module, Attention):
+    if isinstance(module, Attention | LatentAttention):
         return "attention"
     if isinstance(module, MoELayer):
         return "router"

@@ -10,6 +10,7 @@ from torch import nn
 
 from gatewright.backbones import Cost, Decoder, count_cost
 from gatewright.backbones.attention import Attention
+from gatewright.backbones.latent import LatentAttention
 from gatewright.backbones.transformer import Block
 from gatewright.measuring.grid import DTYPES, Dtype
 from gatewright.measuring.roofline import Machine
@@ -39,9 +40,7 @@ def work_of_parts(model: Decoder, tokens: int, dtype: Dtype, *, averaged: bool) 
     cost: Cost = count_cost(model, model.context)
     wide, narrow = 4, DTYPES[dtype].itemsize
     width, vocab, layers = model.width, model.vocab_size, len(model.layers)
-    heads = sum(
-        (m.num_heads + m.num_kv_heads) * m.head_dim for m in model.modules() if isinstance(m, Attention)
-    )
+    heads = sum(_between_projections(m) for m in model.modules()) // 2
     weights = _weights(model)
     experts = sum(m.num_experts for m in model.modules() if isinstance(m, MoELayer))
     sparse = sum(isinstance(m, MoELayer) for m in model.modules())
@@ -73,6 +72,16 @@ def work_of_parts(model: Decoder, tokens: int, dtype: Dtype, *, averaged: bool) 
     }
     needless = {part for part in ("router", "experts", "shared_experts", "dense_ffn") if not flops[part]}
     return {part: work for part, work in found.items() if part not in needless}
+
+
+def _between_projections(module: nn.Module) -> int:
+    """Return the numbers per token of queries, keys, values and what attention returns."""
+    if isinstance(module, LatentAttention):
+        sizes = module.sizes
+        return 2 * module.num_heads * (sizes.head_dim + sizes.rotary_dim + sizes.value_dim)
+    if isinstance(module, Attention):
+        return 2 * (module.num_heads + module.num_kv_heads) * module.head_dim
+    return 0
 
 
 def _weights(model: Decoder) -> dict[str, int]:

@@ -2,6 +2,6 @@
 
 from gatewright.objectives.likelihood import CaseLikelihood
 from gatewright.objectives.mixture import CaseError
-from gatewright.objectives.next_token import Loss, NextToken
+from gatewright.objectives.next_token import Loss, NextToken, check_weights
 
-__all__ = ["CaseError", "CaseLikelihood", "Loss", "NextToken"]
+__all__ = ["CaseError", "CaseLikelihood", "Loss", "NextToken", "check_weights"]

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from gatewright.errors import UserError, did_you_mean
-from gatewright.papers.authors import DEEPSEEK_V2, DEEPSEEK_V3, GLAM, MIXTRAL
+from gatewright.papers.authors import DEEPSEEK_V2, DEEPSEEK_V3, GLAM, MIXTRAL, OLMOE
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
         "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models",
         "ACL 2024, arXiv 2401.06066",
         "Many narrow experts instead of few wide ones, and shared experts that every token passes.",
+        "wired",
     ),
     PaperInfo(
         "deepseek_v2",
@@ -185,6 +186,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
         "arXiv 2405.04434",
         "Device-limited routing and balance of devices and communication, with a compressed key-value"
         " cache (latent attention).",
+        "wired",
     ),
     PaperInfo(
         "deepseek_v3",
@@ -194,19 +196,12 @@ _LINEAGE: tuple[PaperInfo, ...] = (
         "arXiv 2412.19437",
         "Balance without a loss: a bias per expert that only selects, over sigmoid scores and limited"
         " groups; multi-token prediction.",
+        "wired",
     ),
     PaperInfo(
         "olmoe",
         2024,
-        _names(
-            "Niklas Muennighoff, Luca Soldaini, Dirk Groeneveld, Kyle Lo, Jacob Morrison, Sewon Min, "
-            "Weijia Shi, "
-            "Pete Walsh, Oyvind Tafjord, Nathan Lambert, Yuling Gu, Shane Arora, Akshita Bhagia, Dustin "
-            "Schwenk, "
-            "David Wadden, Alexander Wettig, Binyuan Hui, Tim Dettmers, Douwe Kiela, Ali Farhadi, Noah A."
-            " Smith, "
-            "Pang Wei Koh, Amanpreet Singh, Hannaneh Hajishirzi"
-        ),
+        _names(OLMOE),
         "OLMoE: Open Mixture-of-Experts Language Models",
         "ICLR 2025, arXiv 2409.02060",
         "Weights, data, code and logs all open: 64 small experts with 8 active, ablations of each "
@@ -214,6 +209,9 @@ _LINEAGE: tuple[PaperInfo, ...] = (
         "wired",
     ),
 )
+
+# Released models beside the lineage, made of the same parts, each in a file of a paper's form.
+MODELS = ("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4")
 
 
 def all_papers() -> tuple[PaperInfo, ...]:
@@ -227,8 +225,8 @@ def wired_papers() -> tuple[str, ...]:
 
 
 def text_papers() -> tuple[str, ...]:
-    """Return the wired ids whose models read text: what `train`, `race` and `plan` take."""
-    return tuple(p.id for p in _LINEAGE if p.status == "wired" and p.trains_on == "text")
+    """Return the wired ids whose models read text, and MODELS: what `train`, `race` and `plan` take."""
+    return (*(p.id for p in _LINEAGE if p.status == "wired" and p.trains_on == "text"), *MODELS)
 
 
 def paper_info(paper_id: str) -> PaperInfo:
@@ -236,20 +234,21 @@ def paper_info(paper_id: str) -> PaperInfo:
     for paper in _LINEAGE:
         if paper.id == paper_id:
             return paper
-    ids = [paper.id for paper in _LINEAGE]
+    ids = [*(paper.id for paper in _LINEAGE), *MODELS]
     raise UserError(
-        f"paper {paper_id!r} is unknown{did_you_mean(paper_id, ids)}; allowed: {', '.join(wired_papers())}; "
-        "`gatewright papers` lists the lineage"
+        f"paper {paper_id!r} is unknown{did_you_mean(paper_id, ids)}; allowed: {', '.join(wired_papers())}, "
+        f"and the models {', '.join(MODELS)}; `gatewright papers` lists the lineage"
     )
 
 
 def get_paper(paper_id: str) -> ModuleType:
-    """Return the paper file of an id as a module: Settings, PUBLISHED, build, objective, DEVIATIONS.
+    """Return the file of a paper or of one of MODELS as a module: Settings, PUBLISHED, build, objective,
+    DEVIATIONS.
 
     Raises: UserError for an unknown id, and for a paper that is planned but not wired yet.
     """
-    info = paper_info(paper_id)
-    if info.status == "planned":
+    info = None if paper_id in MODELS else paper_info(paper_id)
+    if info is not None and info.status == "planned":
         raise UserError(
             f"paper {paper_id!r} is planned and cannot be built yet; allowed: {', '.join(wired_papers())}; "
             f"its page is {info.page}"
@@ -259,8 +258,8 @@ def get_paper(paper_id: str) -> ModuleType:
 
 def get_text_paper(paper_id: str) -> ModuleType:
     """Return the paper file as `get_paper` does. Raises: UserError also for a paper of no language model."""
-    info, paper = paper_info(paper_id), get_paper(paper_id)
-    if info.trains_on != "text":
+    paper = get_paper(paper_id)
+    if paper_id not in text_papers():
         raise UserError(
             f"paper {paper_id!r} does not train on text; allowed: {', '.join(text_papers())}; its own "
             "experiments are those of `gatewright reproduce`"
