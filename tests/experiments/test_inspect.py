@@ -1,4 +1,4 @@
-"""`gatewright inspect` on a checkpoint of transformers: result, trace and page agree with the model itself."""
+"""`gatewright inspect` on a checkpoint of transformers: result, trace and page agree with the model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def checkpoint(tmp_path_factory) -> Path:
     special = {"id": end["content"], "ids": [end["id"]], "tokens": [end["content"]]}
     settings["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": end["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": end["content"], "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {end["content"]: special},
     }
@@ -69,7 +72,9 @@ def inspected(checkpoint: Path, texts: tuple[str, str]) -> InspectResult:
     """The result of one inspection, its page left out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "write_report", lambda record, out: out / "report.html")
-        return inspect_model(checkpoint, InspectRun(text=texts, out=str(checkpoint.parent / "out"), context=99))
+        return inspect_model(
+            checkpoint, InspectRun(text=texts, out=str(checkpoint.parent / "out"), context=99)
+        )
 
 
 def lines(result: InspectResult) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -126,7 +131,9 @@ def test_the_result_is_the_sum_of_its_trace(inspected: InspectResult):
     assert side["token_view"][0]["pieces"][:3] == [token["text"] for token in tokens[:3]]
 
 
-def test_the_command_prints_and_writes(checkpoint: Path, texts: tuple[str, str], tmp_path, capsys, monkeypatch):
+def test_the_command_prints_and_writes(
+    checkpoint: Path, texts: tuple[str, str], tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("gatewright.training.allocator.keep_big_blocks", lambda: True)
     monkeypatch.setattr("gatewright.inspection.plots.theme.DOTS", 30)
     argv = ["inspect", str(checkpoint), "--text", *texts, "--out", str(tmp_path / "out"), "--tokens", "60"]
@@ -169,7 +176,11 @@ def test_a_checkpoint_that_lacks_a_router_is_refused(checkpoint: Path, texts: tu
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     (gone,) = [name for name in weights if name.endswith("layers.1.block_sparse_moe.gate.weight")]
-    save_file({name: w for name, w in weights.items() if name != gone}, broken / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: w for name, w in weights.items() if name != gone},
+        broken / "model.safetensors",
+        {"format": "pt"},
+    )
     line = refused(broken, text=texts)
     assert "lacks 1 weights of MixtralForCausalLM (model.layers.1.mlp.gate.weight, ...)" in line
 

@@ -19,7 +19,7 @@ from tests.inspection.page import check, plain
 
 
 class Sorter(nn.Module):
-    """Sends id i to experts i mod 4 and (i + 1) mod 4 of five: the last gets nothing. Keeps what it was given."""
+    """Sends id i to experts i mod 4 and (i + 1) mod 4 of five: the last gets nothing."""
 
     def __init__(self, layers: int = 1) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_the_page_says_what_was_seen(tmp_path):
     page = write_report(result(), tmp_path)
     html = page.read_text(encoding="utf-8")
     found, words = check(html), plain(html)
-    assert {"verdict", "load", "specialisation", "pairs", "tokens", "made"} <= set(found.identities)
+    assert {"verdict", "load", "specialisation", "pairs", "text", "tokens", "made"} <= set(found.identities)
     assert len(found.identities) == len(set(found.identities))
     assert "2 of 10 experts were selected by no token" in words
     assert "2 sparse layers over 48 tokens of 2 domains" in words
@@ -162,7 +162,11 @@ def test_absent_parts_are_named_and_many_layers_are_thinned():
     for part in ("inspected", "specialisation", "token_view"):
         side[part] = None
     words = plain(render_page(bare)[0])
-    for part in ("Load: not recorded", "Specialisation by domain: not recorded", "Co-activation: not recorded"):
+    for part in (
+        "Load: not recorded",
+        "Specialisation by domain: not recorded",
+        "Co-activation: not recorded",
+    ):
         assert part in words
     assert "No router is recorded" in words
     many = result(MOST_MATRICES + 3)

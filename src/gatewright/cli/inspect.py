@@ -1,4 +1,4 @@
-"""`gatewright inspect MODEL_DIR`: where a model's routers send tokens, of a run or of a transformers checkpoint."""
+"""`gatewright inspect MODEL_DIR`: where a model sends tokens, a run or a transformers checkpoint."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Other libraries' models and this toolkit: its experts inside transformers, what their routers choose, balance
-on adopted checkpoints, and experts in int8.
+"""Other libraries' models and this toolkit: its experts inside transformers, what their routers choose,
+balance on adopted checkpoints, and experts in int8.
 """
 
 from gatewright.conversion.balance import (

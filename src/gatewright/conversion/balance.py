@@ -167,7 +167,7 @@ def attach_balance(
     so it weighs the same for every number of micro-batches and ranks.
     Args: `loss` a name of ADOPTED_LOSSES, or a function of Stats; `scope` of "balance" (`balance_loss`);
     `all_reduce` sums int64 counts over ranks for "global_batch", whose counts `step` ends.
-    Raises: UserError for an unknown loss or scope, and for a model whose configuration adds a loss of its own.
+    Raises: UserError for an unknown loss or scope, and for a model whose own settings add a loss.
     """
     _refuse_second_loss(model)
     running = None
@@ -182,7 +182,8 @@ def attach_balance(
         function = LOSSES[loss]
     elif loss != "balance" or scope not in SCOPES:
         raise UserError(
-            f"scope {scope!r} with loss {loss!r}; allowed: 'micro_batch', and with 'balance' {', '.join(SCOPES)}"
+            f"scope {scope!r} with loss {loss!r}; allowed: 'micro_batch', and with 'balance' also "
+            f"{', '.join(SCOPES[1:])}"
         )
     elif scope == "sequence":
         function = LOSSES["sequence_balance"]
@@ -272,4 +273,3 @@ def _with_loss(output: Any, more: Tensor) -> Any:
         )
     output.loss = output.loss + more
     return output
-

@@ -1,4 +1,4 @@
-"""A checkpoint folder of transformers, opened from the disk alone: its model, or one line that says why not."""
+"""A checkpoint folder of transformers, opened from the disk alone: its model, or a line that says why not."""
 
 from __future__ import annotations
 

@@ -145,8 +145,7 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[int, in
     shape = None if ids is None or ids.dim() < 2 else (ids.shape[0], ids.shape[1])
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     # Of four axes it says who may see whom, not what is padding.
-    usable = isinstance(mask, Tensor) and mask.dim() == 2
-    return shape, mask.bool() if usable else None
+    return shape, mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _choices(layer: _Layer, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choices:

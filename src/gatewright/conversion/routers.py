@@ -102,7 +102,7 @@ def router_sites(model: nn.Module) -> tuple[RouterSite, ...]:
 
 
 def choice_names(experts: nn.Module) -> tuple[str, str] | None:
-    """Return what a module calls the chosen ids and the weights that it is given; None if it is given none."""
+    """Return what a module calls the chosen ids and weights that it is given; None if it is given none."""
     names = tuple(inspect.signature(type(experts).forward).parameters)[2:4]
     return next((pair for pair in _CHOICES if pair == names), None)
 

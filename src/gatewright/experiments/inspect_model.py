@@ -77,7 +77,9 @@ def inspect_model(folder: str | Path, options: InspectRun | None = None) -> Insp
     folder, options = Path(folder), options or InspectRun()
     out = Path(options.out or f"runs/inspect-{folder.resolve().name}")
     if (out / "report.html").exists() and not (out / RESULT).exists():
-        raise UserError(f"{out} holds another report; allowed: a new folder or one of an inspection; give --out")
+        raise UserError(
+            f"{out} holds another report; allowed: a new folder or one of an inspection; give --out"
+        )
     with Progress("inspect") as progress:
         progress.say(f"opening {folder}")
         opened = open_model(folder, options)
@@ -123,8 +125,8 @@ def _check_ids(opened: Opened, texts: Mapping[str, np.ndarray]) -> None:
             raise UserError(f"text {domain} holds no token; allowed: text with something in it; leave it out")
         if int(ids.max()) >= opened.vocabulary:
             raise UserError(
-                f"text {domain} has token id {int(ids.max())}, but the model has {opened.vocabulary} embeddings; allowed: "
-                "the model's own tokenizer; give --tokenizer PATH"
+                f"text {domain} has token id {int(ids.max())}, but the model has {opened.vocabulary} "
+                "embeddings; allowed: the model's own tokenizer; give --tokenizer PATH"
             )
 
 

@@ -91,8 +91,8 @@ def open_model(folder: Path, options: InspectRun) -> Opened:
         below = sorted({path.parent for path in folder.glob("*/*/checkpoints")})
         hint = f"; runs below it: {', '.join(map(str, below[:4]))}" if below else ""
         raise UserError(
-            f"{folder} holds neither run.toml nor config.json; allowed: the --out folder of a run, or a folder "
-            f"that transformers' save_pretrained wrote{hint}"
+            f"{folder} holds neither run.toml nor config.json; allowed: the --out folder of a run, or a "
+            f"folder that transformers' save_pretrained wrote{hint}"
         )
     return _open_checkpoint(folder, options)
 

@@ -16,8 +16,8 @@ SCHEMA = "gatewright.trace.v1"
 
 
 class TraceFile:
-    """Writes a header, then a line per token: {"domain", "i", "id", "text", "experts", "weights"}, both [L][K]
-    in the order of the header's "routers"; -1 is an empty place. The file appears whole, at `finish`.
+    """Writes a header, then a line per token: {"domain", "i", "id", "text", "experts", "weights"}, the last
+    two [L][K] in the order of the header's "routers"; -1 is an empty place. `finish` puts the whole file in place.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class TraceFile:
 
 
 def header(window: Window) -> dict[str, object]:
-    """Return the first line of a trace: its schema, and the routers in order with their numbers of experts."""
+    """Return the first line of a trace: its schema, and the routers in order with their sizes."""
     sizes = [routed.num_experts for routed in window.routed.values()]
     return {"schema": SCHEMA, "routers": list(window.routed), "num_experts": sizes}
 

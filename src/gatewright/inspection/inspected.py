@@ -64,6 +64,10 @@ def few_ids(ids: tuple[int, ...], most: int = 8) -> str:
     return f"{len(ids)}: {shown}" if ids else "0"
 
 
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
 def _router_table(side: Mapping[str, Any]) -> str:
     lines = [
         [
@@ -73,7 +77,7 @@ def _router_table(side: Mapping[str, Any]) -> str:
             f"{line.entropy:.4f}",
             f"{line.largest:.2f}",
             few_ids(line.dead),
-            "–" if line.special is None else f"{line.special:.2f}",
+            _ratio(line.special),
         ]
         for line in router_lines(side)
     ]
@@ -106,11 +110,13 @@ def _pairs_table(side: Mapping[str, Any]) -> str:
 def _load(page: Page, side: Mapping[str, Any]) -> None:
     images = page.show(load_map_images(side))
     note = paragraph(
-        "Share of assignments that each expert receives, a row per layer. Neutral is an even share, orange more, "
-        "blue less.",
+        "Share of assignments that each expert receives, a row per layer. Neutral is an even share, orange "
+        "more, blue less.",
         "note",
     )
-    page.add("load", "Load of every layer", note + images + _router_table(side) if images else missing("Load"))
+    page.add(
+        "load", "Load of every layer", note + images + _router_table(side) if images else missing("Load")
+    )
 
 
 def _special(page: Page, side: Mapping[str, Any]) -> None:
@@ -145,7 +151,7 @@ def build_inspection(record: Record) -> Page:
     _load(page, side)
     _special(page, side)
     _together(page, side)
-    page.add("tokens", "Where each token went", token_section(side, ""))
+    page.add("text", "Where each token went", token_section(side, ""))
     body = (command(record.command) or missing("The command")) + facts_table(record)
     body += f"<details><summary>Settings of the model</summary>{settings_table(record)}</details>"
     page.add("made", "How this was made", body)
@@ -157,14 +163,16 @@ def inspection_headline(record: Record) -> str:
     side = record.first(record.names[0]) if record.names else {}
     lines = router_lines(side)
     if not lines:
-        return '<section id="verdict"><div class="verdict open"><h2>No router is recorded</h2></div></section>'
+        return (
+            '<section id="verdict"><div class="verdict open"><h2>No router is recorded</h2></div></section>'
+        )
     dead, total = sum(len(line.dead) for line in lines), sum(line.experts for line in lines)
     worst = max(lines, key=lambda line: line.largest)
     read = number(side, "inspected", "tokens")
     names = rows(side, "specialisation", "domains")
     words = (
-        f"{record.label(record.names[0])}: {plural(len(lines), 'sparse layer')} over {scaled(read)} tokens of "
-        f"{plural(len(names), 'domain')}. The least even layer is {worst.name}: its busiest expert takes "
+        f"{record.label(record.names[0])}: {plural(len(lines), 'sparse layer')} over {scaled(read)} tokens "
+        f"of {plural(len(names), 'domain')}. The least even layer is {worst.name}: its busiest expert takes "
         f"{worst.largest:.2f} times the mean load. {dead} of {total} experts were selected by no token."
     )
     tiles = [
@@ -185,9 +193,8 @@ def summary_text(side: Mapping[str, Any]) -> str:
     width = max((len(line.name) for line in lines), default=5)
     heading = f"{'layer':{width}}  experts  selected  entropy  largest/mean  domain/chance  dead"
     found = [
-        f"{line.name:{width}}  {line.experts:7d}  {line.selected:8d}  {line.entropy:7.4f}  {line.largest:12.2f}  "
-        f"{'-' if line.special is None else f'{line.special:.2f}':>13}  {few_ids(line.dead)}"
+        f"{line.name:{width}}  {line.experts:7d}  {line.selected:8d}  {line.entropy:7.4f}  "
+        f"{line.largest:12.2f}  {_ratio(line.special):>13}  {few_ids(line.dead)}"
         for line in lines
     ]
     return "\n".join([heading, *found])
-

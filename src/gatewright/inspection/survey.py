@@ -184,7 +184,7 @@ def _inspected(tallies: Mapping[str, _Tally], read: Mapping[str, int]) -> dict[s
 
 
 def strongest_pairs(shares: np.ndarray, most: int = STRONGEST) -> list[list[Any]]:
-    """Return [i, j, share of i's tokens that select j too] of the strongest pairs of `coactivation` [E, E]."""
+    """Return [i, j, share of i's tokens that select j too] of the strongest pairs of shares [E, E]."""
     order = np.argsort(-shares, axis=None, kind="stable")[:most]
     found = [(int(place // len(shares)), int(place % len(shares))) for place in order]
     return [[i, j, round(float(shares[i, j]), 4)] for i, j in found if shares[i, j] > 0]

@@ -57,8 +57,8 @@ def load_map_images(side: Mapping[str, Any], slug: str = "") -> list[Image]:
                 lambda theme, a=names, b=loads, c=size: _draw_loads(  # type: ignore[misc]
                     a, b, f"load of {c} experts", theme
                 ),
-                alt=f"Share of assignments of each of {size} experts in {len(names)} layers. An even share is "
-                f"{percent(1 / size)}; {words}.",
+                alt=f"Share of assignments of each of {size} experts in {len(names)} layers. An even share "
+                f"is {percent(1 / size)}; {words}.",
                 caption=f"<b>{size} experts</b>: even share {percent(1 / size)}; {escape(words)}.",
             )
         )
@@ -95,7 +95,9 @@ def pair_images(side: Mapping[str, Any], slug: str = "") -> list[Image]:
         selected = number(side, "inspected", "num_selected", name) or 2
         even = min(max((selected - 1) / (len(shares) - 1), 1e-6), 1.0)
         pairs = rows(side, "inspected", "pairs", name)
-        strongest = f"{percent(pairs[0][2])} of the tokens of {pairs[0][0]} select {pairs[0][1]}" if pairs else ""
+        strongest = (
+            f"{percent(pairs[0][2])} of the tokens of {pairs[0][0]} select {pairs[0][1]}" if pairs else ""
+        )
         images.append(
             render(
                 f"pairs_{slug}{name}",
