@@ -143,6 +143,29 @@ def test_accumulation_as_the_trainer_does_it_changes_nothing(parts: int):
     attached.detach()
 
 
+@pytest.mark.parametrize("loss", ["z", "sequence_balance"])
+def test_the_trainer_of_transformers_takes_one_step_however_it_accumulates(loss: str, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in rows(4)]
+    found = []
+    for parts in (1, 2, 4):
+        model = hf.whole_model("mixtral").train()
+        attach_balance(model, loss, 10.0)
+        args = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4 // parts,
+            gradient_accumulation_steps=parts, max_grad_norm=0.0, report_to=[], save_strategy="no",
+            disable_tqdm=True, use_cpu=True, logging_strategy="no", lr_scheduler_type="constant",
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        Trainer(model=model, args=args, train_dataset=data, optimizers=(optimizer, None)).train()
+        found.append({name: (p.detach() - before[name]) / 0.1 for name, p in model.named_parameters()})
+    # A difference of weights is coarser than a gradient.
+    assert max(hf.furthest(other, found[0]) for other in found[1:])[0] < 1e-3
+
+
 def test_accumulation_by_hand_divides_task_and_balance_alike():
     model, ids = hf.whole_model("mixtral").train(), rows(4)
     expected = of_the_sum(model, z_loss, ids)

@@ -154,6 +154,14 @@ def test_padding_enters_nothing(family: str):
         assert ((stats.experts == -1).all(dim=1) == (mask.reshape(-1) == 0)).all()
 
 
+def test_the_expert_of_zaya_that_computes_nothing_is_the_last():
+    model = tiny.tiny_model("zaya")
+    for site in router_sites(model):
+        site.router.balancing_biases[-1] = 100.0
+    for stats in recorded(model, tiny.ids(), use_cache=False).values():
+        assert stats.counts.tolist() == [0] * tiny.E + [14]
+
+
 def test_with_a_cache_the_last_columns_of_the_mask_are_this_pass():
     model = hf.whole_model("mixtral")
     ids, mask = padded()

@@ -26,7 +26,8 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64, "first_k_dense_replace": 0, "num_dense_layers": 0, "n_shared_experts": 1,
     "num_shared_experts": 1, "moe_num_shared_experts": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8,
     "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "enable_moe_block": True,
-    "router_jitter_noise": 0.0, "linear_head_dim": 8, "linear_num_heads": 2, "decoder_sparse_step": 1, "moe_layer_start_index": 0,
+    "router_jitter_noise": 0.0,
+    "linear_head_dim": 8, "linear_num_heads": 2, "decoder_sparse_step": 1, "moe_layer_start_index": 0,
 }  # fmt: skip
 
 

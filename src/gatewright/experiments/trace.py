@@ -17,7 +17,7 @@ SCHEMA = "gatewright.trace.v1"
 
 class TraceFile:
     """Writes a header, then a line per token: {"domain", "i", "id", "text", "experts", "weights"}, the last
-    two [L][K] in the order of the header's "routers"; -1 is an empty place. `finish` puts the whole file in place.
+    two [L][K] in the order of the header's "routers"; -1 is an empty place. The file appears at the end.
     """
 
     def __init__(self, path: Path) -> None:
