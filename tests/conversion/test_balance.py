@@ -63,6 +63,21 @@ def test_the_models_own_loss_becomes_task_plus_weight_times_loss(family: str):
     as_tuple.detach()
 
 
+def test_loads_become_even():
+    model, ids = hf.whole_model("mixtral").train(), rows(16)
+    optimizer = torch.optim.Adam([layer.mlp.gate.weight for layer in model.model.layers], lr=0.03)
+    attached = attach_balance(model, "balance", 1.0)
+    values = []
+    for _ in range(30):
+        model(ids)
+        attached.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(float(attached.value))
+    assert values[0] > 1.15
+    assert 1.0 <= values[-1] < 1.02
+
+
 def test_without_labels_the_loss_waits_for_your_sum():
     model, ids = hf.whole_model("mixtral").train(), rows(2)
     attached = attach_balance(model, z_loss, WEIGHT)
@@ -73,6 +88,10 @@ def test_without_labels_the_loss_waits_for_your_sum():
     model(ids, labels=ids)
     with pytest.raises(UserError, match="its own loss holds it"):
         attached.loss()
+    # Where labels are kept back, as the Trainer does for a loss function of yours, and nobody adds the loss.
+    model(ids)
+    with pytest.raises(UserError, match="the balance loss of the pass before was never added"):
+        model(ids)
 
 
 def test_layers_are_not_pooled():
@@ -262,11 +281,13 @@ def test_evaluation_adds_nothing():
 def test_a_second_loss_and_wrong_words_are_refused():
     model = hf.whole_model("mixtral")
     model.config.output_router_logits = True
-    with pytest.raises(
-        UserError, match=r"adds a balance loss of its own .* set config.output_router_logits = F"
-    ):
+    with pytest.raises(UserError, match=r"adds a balance loss of its own .* without output_router_logits it"):
         attach_balance(model)
     model.config.output_router_logits = False
+    attached = attach_balance(model.train())
+    with pytest.raises(UserError, match="adds a balance loss of its own"):
+        model(rows(2), labels=rows(2), output_router_logits=True)
+    attached.detach()
     with pytest.raises(UserError, match=r"loss 'balanec' is unknown here; did you mean 'balance'\?"):
         attach_balance(model, "balanec")
     with pytest.raises(UserError, match="scope 'sequence' with loss 'z'; allowed: 'micro_batch'"):

@@ -60,6 +60,19 @@ def test_a_bias_moves_against_the_loads_of_the_whole_step():
     assert torch.equal(held(model), before)
 
 
+def test_loads_become_even():
+    model, ids = deepseek(), rows(16)
+    attached = attach_bias(model, rate=0.02)
+    largest = []
+    for _ in range(40):
+        model(ids, labels=ids)
+        counts = attached.counts[LAYER]
+        largest.append(float(counts.max() / counts.float().mean()))
+        attached.step()
+    assert largest[0] > 1.5
+    assert largest[-1] < 1.15
+
+
 def test_neither_evaluation_nor_sampling_counts_nor_moves():
     model, ids = deepseek(), rows(2)
     attached = attach_bias(model, rate=0.01)

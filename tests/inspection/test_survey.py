@@ -68,7 +68,7 @@ def test_by_hand():
     # Of the three tokens of expert 1, two select 0 and one 2; both of expert 0 select 1.
     assert inspected["coactivation"][name][1] == pytest.approx([0.6667, 0, 0.3333, 0, 0])
     assert inspected["coactivation"][name][0] == [0, 1, 0, 0, 0]
-    assert inspected["pairs"][name][:2] == [[0, 1, 1.0], [3, 2, 1.0]]
+    assert inspected["pairs"][name] == []  # of so few tokens
     assert found["token_view"][0] == {
         "domain": "one",
         "pieces": ["a", "a", "b"],
@@ -113,9 +113,17 @@ def test_a_text_without_a_token_and_a_context_without_room_are_refused():
         surveyed(Sorter(), {"one": [1]}, start=[1, 2, 3, 4])
 
 
-def test_pairs_that_never_occur_are_not_strongest():
+def test_pairs_are_named_where_experts_have_ten_tokens():
+    found = surveyed(Sorter(), {"one": [0] * 12 + [1] * 3 + [3] * 9})
+    # Expert 1 has fifteen tokens, 0 twenty-one, and 2 three: nine of those of 0 are with 3, twelve with 1.
+    assert found["inspected"]["pairs"]["layers.0.router"] == [
+        [1, 0, 0.8],
+        [0, 1, 0.5714],
+        [0, 3, 0.4286],
+        [1, 2, 0.2],
+    ]
     assert strongest_pairs(np.zeros((3, 3))) == []
-    assert strongest_pairs(np.array([[0, 0.5], [0.25, 0]]), 1) == [[0, 1, 0.5]]
+    assert strongest_pairs(np.array([[20, 10], [10, 40]]), 1) == [[0, 1, 0.5]]
 
 
 def result(layers: int = 2) -> dict[str, Any]:

@@ -57,9 +57,10 @@ class Attached:
 
     def _after(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         # Evaluation and sampling are not what is trained: they neither count nor cost.
-        return self._trained(kwargs, output) if model.training and torch.is_grad_enabled() else None
+        counts = model.training and torch.is_grad_enabled()
+        return self._trained(model, kwargs, output) if counts else None
 
-    def _trained(self, kwargs: dict[str, Any], output: Any) -> Any:
+    def _trained(self, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """See one training pass; return another output, or None to leave it."""
 
 
@@ -99,14 +100,21 @@ class AttachedBalance(Attached):
         if self._running is not None:
             self._running.reset()
 
-    def _trained(self, kwargs: dict[str, Any], output: Any) -> Any:
+    def _trained(self, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         stats = self.stats
+        _refuse_second_loss(model, kwargs.get("output_router_logits"))
         _refuse_lost_gradients(stats, self.recorder)
+        if self._waiting is not None:
+            raise UserError(
+                "the balance loss of the pass before was never added, so nothing trains the routers; allowed: "
+                "labels given to the model, or handle.loss() added to your sum after each training pass"
+            )
         value = self._loss(stats)
-        self.value, self._waiting = value.detach(), self.weight * value
+        self.value = value.detach()
         if kwargs.get("labels") is None:
+            self._waiting = self.weight * value
             return None
-        return _with_loss(output, self.loss() * _share(kwargs, value))
+        return _with_loss(output, self.weight * value * _share(kwargs, value))
 
 
 class AttachedBias(Attached):
@@ -146,7 +154,7 @@ class AttachedBias(Attached):
             self.biases[name].update(counted)
         self._running.reset()
 
-    def _trained(self, kwargs: dict[str, Any], output: Any) -> None:
+    def _trained(self, model: nn.Module, kwargs: dict[str, Any], output: Any) -> None:
         self._running.add(Stats({name: self.stats[name] for name in self.biases if name in self.stats}))
 
 
@@ -169,7 +177,7 @@ def attach_balance(
     `all_reduce` sums int64 counts over ranks for "global_batch", whose counts `step` ends.
     Raises: UserError for an unknown loss or scope, and for a model whose own settings add a loss.
     """
-    _refuse_second_loss(model)
+    _refuse_second_loss(model, None)
     running = None
     if callable(loss):
         function = loss
@@ -229,14 +237,15 @@ def trainer_callback(*attached: Attached) -> Any:
     return StepEnds()
 
 
-def _refuse_second_loss(model: nn.Module) -> None:
+def _refuse_second_loss(model: nn.Module, asked: bool | None) -> None:
+    """Raise UserError for a model that adds a balance loss too; `asked` is the flag of one call."""
     config = getattr(model, "config", None)
     inner = getattr(config, "text_config", None) or config
     own = float(getattr(inner, "router_aux_loss_coef", 0.0) or 0.0)
-    if own and getattr(inner, "output_router_logits", False):
+    if own and (getattr(inner, "output_router_logits", False) if asked is None else asked):
         raise UserError(
             f"{type(model).__name__} adds a balance loss of its own (output_router_logits with "
-            f"router_aux_loss_coef {own}); allowed: one of the two; set config.output_router_logits = False"
+            f"router_aux_loss_coef {own}); allowed: one of the two; without output_router_logits it adds none"
         )
 
 

@@ -15,6 +15,7 @@ from gatewright.conversion.recorder import RecordedModel
 from gatewright.data import Tokenizer, load_tokenizer
 from gatewright.errors import UserError
 from gatewright.experiments.trace import beginning_of_text
+from gatewright.training.checks import resolve_device
 from gatewright.training.load import load_run
 
 
@@ -124,7 +125,8 @@ def _open_checkpoint(folder: Path, options: InspectRun) -> Opened:
         )
     tokenizer = load_tokenizer(path)
     start = beginning_of_text(path)
-    model = load_folder(folder, dtype=options.dtype, device=options.device, trust=options.trust)
+    place = str(resolve_device(options.device))
+    model = load_folder(folder, dtype=options.dtype, device=place, trust=options.trust)
     if max(start, default=0) >= vocabulary_of(model):
         raise UserError(
             f"{path} begins texts with id {max(start)}, but the model has {vocabulary_of(model)} embeddings; "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LARGEST_MATRIX = 128  # experts up to which a result holds who is selected with whom in full
 STRONGEST = 12  # pairs that it names beside
+LEAST = 10  # tokens that an expert has to have for its pairs to be named
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,15 @@ def _inspected(tallies: Mapping[str, _Tally], read: Mapping[str, int]) -> dict[s
             name: share.round(4).tolist() if len(share) <= LARGEST_MATRIX else None
             for name, share in shares.items()
         },
-        "pairs": {name: strongest_pairs(share) for name, share in shares.items()},
+        "pairs": {name: strongest_pairs(tally.together) for name, tally in tallies.items()},
     }
 
 
-def strongest_pairs(shares: np.ndarray, most: int = STRONGEST) -> list[list[Any]]:
-    """Return [i, j, share of i's tokens that select j too] of the strongest pairs of shares [E, E]."""
+def strongest_pairs(together: np.ndarray, most: int = STRONGEST, least: int = LEAST) -> list[list[Any]]:
+    """Return [i, j, share of i's tokens that select j too] of the strongest pairs of `coactivation_counts`;
+    experts i of fewer than `least` tokens are left out, as of few tokens every share is large.
+    """
+    shares = np.where(together.diagonal()[:, None] >= least, coactivation_shares(together), 0)
     order = np.argsort(-shares, axis=None, kind="stable")[:most]
     found = [(int(place // len(shares)), int(place % len(shares))) for place in order]
     return [[i, j, round(float(shares[i, j]), 4)] for i, j in found if shares[i, j] > 0]
