@@ -106,8 +106,8 @@ class AttachedBalance(Attached):
         _refuse_lost_gradients(stats, self.recorder)
         if self._waiting is not None:
             raise UserError(
-                "the balance loss of the pass before was never added, so nothing trains the routers; allowed: "
-                "labels given to the model, or handle.loss() added to your sum after each training pass"
+                "the balance loss of the pass before was never added, so nothing trains the routers; "
+                "allowed: labels given to the model, or handle.loss() added to your sum after each training pass"
             )
         value = self._loss(stats)
         self.value = value.detach()
