@@ -49,6 +49,7 @@ def test_a_bias_moves_against_the_loads_of_the_whole_step():
             counts += recorder.stats[LAYER].counts
     assert int(counts.sum()) == 4 * 9 * 2
     assert torch.equal(attached.counts[LAYER], counts)
+    assert not attached.stats[LAYER].score_sums.requires_grad  # counting keeps no graph alive
     assert (held(model) == 0).all()  # not before the optimizer's step
     optimizer.step()
     expected = [0.01 * math.copysign(1, 12 - count) if count != 12 else 0.0 for count in counts.tolist()]

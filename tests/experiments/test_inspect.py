@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,27 @@ def test_the_command_prints_and_writes(
     assert {"report.html", "inspect.json", "load_map_6.png"} <= written
     assert "trace.jsonl" not in written
     assert "Where each token went" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_data_is_read_as_for_training(checkpoint: Path, tmp_path, monkeypatch):
+    monkeypatch.setenv("GATEWRIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "write_report", lambda record, out: out / "report.html")
+    draw = random.Random(0)
+    for name, text in (("verse", VERSE), ("sums", SUMS)):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            words = " ".join(draw.choices(text.split(), k=300))
+            (tmp_path / name / f"{number}.txt").write_text(words)
+    data = (str(tmp_path / "verse"), str(tmp_path / "sums"))
+    found = inspect_model(
+        checkpoint, InspectRun(data=data, out=str(tmp_path / "out"), tokens=90, trace=False)
+    )
+    told = found.to_dict()
+    assert told["domains"] == ["verse", "sums"]
+    # Windows of fifteen tokens behind the beginning of a text.
+    assert told["tokens"] == 2 * 90
+    assert told["trace"] is None
+    assert found.record["data"]["fingerprint"]
 
 
 def refused(folder: Path, **options: Any) -> str:

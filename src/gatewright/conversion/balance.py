@@ -34,8 +34,8 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
 class Attached:
     """What hangs on a model: it sees each training pass, and `step` ends an optimizer step."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        self.recorder = RouterRecorder(model)
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None, gradients: bool) -> None:
+        self.recorder = RouterRecorder(model, gradients=gradients)
         self._handles: list[Any] = [model.register_forward_hook(self._after, with_kwargs=True)]
         if optimizer is not None:
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self.step()))
@@ -77,7 +77,7 @@ class AttachedBalance(Attached):
         running: RunningCounts | None,
         optimizer: Optimizer | None,
     ) -> None:
-        super().__init__(model, optimizer)
+        super().__init__(model, optimizer, gradients=True)
         self.weight = weight
         self.value: Tensor | None = None
         self._loss, self._running = loss, running
@@ -107,7 +107,7 @@ class AttachedBalance(Attached):
         if self._waiting is not None:
             raise UserError(
                 "the balance loss of the pass before was never added, so nothing trains the routers; "
-                "allowed: labels given to the model, or handle.loss() added to your sum after each training pass"
+                "allowed: labels given to the model, or handle.loss() added to your sum after each pass"
             )
         value = self._loss(stats)
         self.value = value.detach()
@@ -127,7 +127,7 @@ class AttachedBias(Attached):
         all_reduce: AllReduce | None,
         optimizer: Optimizer | None,
     ) -> None:
-        super().__init__(model, optimizer)
+        super().__init__(model, optimizer, gradients=False)
         self.biases = dict(biases)
         self._all_reduce = all_reduce
         self._running = RunningCounts()

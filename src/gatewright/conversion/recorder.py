@@ -38,12 +38,13 @@ class RouterRecorder:
     Only what happens inside the model's own forward pass is recorded: layers that are computed again in the
     backward pass are not counted again. Padding, by `attention_mask` [B, S], enters nothing. The sums carry
     gradients, so that losses can be made of them. Choices stand in falling order of their weights.
-    Args: `capture` keeps logits, scores and choices of every token too.
+    Args: `capture` keeps logits, scores and choices of every token too; without `gradients` nothing of the
+    graph is kept.
     Raises: UserError for a model without a router that can be read.
     """
 
-    def __init__(self, model: nn.Module, *, capture: bool = False) -> None:
-        self.capture = capture
+    def __init__(self, model: nn.Module, *, capture: bool = False, gradients: bool = True) -> None:
+        self.capture, self.gradients = capture, gradients
         self.stats = Stats()
         self._layers = [_Layer(site, site.scores) for site in router_sites(model)]
         self._active = False
@@ -120,6 +121,7 @@ class RouterRecorder:
             for number, call in enumerate(layer.calls, 1):
                 name = layer.site.name if number == 1 else f"{layer.site.name}:{number}"
                 mask, sequence = self._rows(name, call.experts.shape[0])
+                call = call if self.gradients else call.detached()
                 found[name] = _record(call, layer.scores, mask, sequence, self.capture)
         return Stats(found)
 

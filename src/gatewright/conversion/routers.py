@@ -39,6 +39,10 @@ class Choices:
     experts: Tensor
     weights: Tensor
 
+    def detached(self) -> Choices:
+        """Return the same without the graph."""
+        return Choices(self.logits.detach(), self.experts, self.weights.detach())
+
 
 # Gives the choices of a router whose experts are not told them, from its output.
 Reader = Callable[[Any, Any], Choices]
