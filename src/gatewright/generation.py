@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gatewright.backbones import AheadReader, Decoder, KVCache, LanguageModel, LSTMCache
+from gatewright.backbones import AheadReader, KVCache, LanguageModel, LSTMCache
 from gatewright.errors import RunFailure, UserError
 from gatewright.parts import MoELayer
 

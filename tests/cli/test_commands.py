@@ -104,6 +104,21 @@ def test_eval_prints_every_domain(trained: Path, capsys):
     assert f"{result['bits_per_byte']:.4f} bits per byte" in out
 
 
+def test_inspect_shows_where_a_run_sends_its_tokens(trained: Path, home: Path, capsys, monkeypatch):
+    monkeypatch.setattr("gatewright.experiments.inspect_model.write_report", lambda record, out: out)
+    code, out, _ = call(capsys, "inspect", trained, "--out", home / "seen", "--tokens", "512", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert set(result["domains"]) == {"verse", "sums"}
+    assert result["tokens"] == 1024
+    assert [router["num_experts"] for router in result["routers"]] == [8] * len(result["routers"])
+    head, first, *_ = (home / "seen" / "trace.jsonl").read_text().splitlines()
+    assert json.loads(head)["routers"] == [router["name"] for router in result["routers"]]
+    assert len(json.loads(first)["experts"][0]) == 2
+    code, _, err = call(capsys, "inspect", home)
+    assert (code, "runs below it" in err or "holds neither run.toml nor config.json" in err) == (2, True)
+
+
 def test_generate_streams_or_returns_the_same_text(trained: Path, capsys):
     argv = ["generate", trained, "--prompt", "light", "--max-new-tokens", "20", "--seed", "3"]
     code, out, err = call(capsys, *argv)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gatewright.data import Corpus, TokenStream, open_corpus
-from gatewright.experiments.descent import descend, drawn
+from gatewright.experiments.descent import descend
 from gatewright.experiments.interference import Interference, quick_form, run_interference, verdict
 from gatewright.experiments.interference_text import ARMS, Joined, TextPlan, cost, domain_tokens, setback
 from gatewright.experiments.interference_vowels import (
@@ -26,6 +26,7 @@ from gatewright.experiments.interference_vowels import (
 from gatewright.experiments.lab import Plan, build
 from gatewright.experiments.vowel_runs import READINGS, TRAIN, peterson_barney
 from gatewright.papers import get_paper
+from gatewright.training.seeded import drawn
 
 PAPER = get_paper("local_experts")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from gatewright.inspection.plots import bars, curves, heat, summary, theme
+from gatewright.inspection.plots import atlas, bars, curves, heat, summary, theme
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the drawing where a test is about words."""
     stub = theme.Image("x", "alt", "caption", b"\x89PNG" + bytes(30), b"\x89PNG" + bytes(30))
-    for module in (bars, curves, heat, summary):
+    for module in (atlas, bars, curves, heat, summary):
         monkeypatch.setattr(module, "render", lambda *_, **__: stub)
 
 

@@ -7,9 +7,9 @@ from gatewright.backbones.attention import Attention, LayerCache, RotaryPosition
 from gatewright.backbones.cases import HiddenLayer, Mixture, MixtureOutput
 from gatewright.backbones.cost import Cost, count_cost, on_no_memory
 from gatewright.backbones.deep import DeepMLP, dense_layer
-from gatewright.backbones.lstm import LanguageModel, LSTMCache, LSTMDecoder, RecurrentBlock
 from gatewright.backbones.future import FutureToken
 from gatewright.backbones.latent import LatentAttention, LatentSizes
+from gatewright.backbones.lstm import LanguageModel, LSTMCache, LSTMDecoder, RecurrentBlock
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.pattern import moe_pattern, per_layer
 from gatewright.backbones.scaling import RopeScaling

@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "race": "train a sparse model against its dense twin on the same tokens; report who won",
     "train": "train one model; checkpoints, run log, report",
     "eval": "bits per byte of a checkpoint, per domain",
+    "inspect": "where a model sends tokens: a run, or any transformers checkpoint with experts",
     "generate": "continue a text with a trained checkpoint",
     "plan": "parameters, FLOPs and memory of a model, without building it",
     "papers": "the lineage of Mixture-of-Experts and what each paper added",

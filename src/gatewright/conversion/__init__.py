@@ -1,14 +1,39 @@
-"""Other libraries' models and this toolkit: its experts inside transformers, and experts in int8."""
+"""Other libraries' models and this toolkit: its experts inside transformers, what their routers choose,
+balance on adopted checkpoints, and experts in int8.
+"""
 
+from gatewright.conversion.balance import (
+    ADOPTED_LOSSES,
+    AttachedBalance,
+    AttachedBias,
+    attach_balance,
+    attach_bias,
+    sum_over_ranks,
+    trainer_callback,
+)
 from gatewright.conversion.experts import experts_forward
 from gatewright.conversion.install import NOT_COVERED, Placed, register_experts, use_in_transformers
+from gatewright.conversion.recorder import RecordedModel, RouterRecorder
+from gatewright.conversion.routers import NOT_RECORDED, RouterSite, router_sites
 from gatewright.parts.quantise import quantise_experts
 
 __all__ = [
+    "ADOPTED_LOSSES",
     "NOT_COVERED",
+    "NOT_RECORDED",
+    "AttachedBalance",
+    "AttachedBias",
     "Placed",
+    "RecordedModel",
+    "RouterRecorder",
+    "RouterSite",
+    "attach_balance",
+    "attach_bias",
     "experts_forward",
     "quantise_experts",
     "register_experts",
+    "router_sites",
+    "sum_over_ranks",
+    "trainer_callback",
     "use_in_transformers",
 ]

@@ -90,7 +90,11 @@ def training_memory(
     ]
     ends = _ends_bytes(model, each)
     kept_inputs = each * model.width * len(blocks)
-    further = sum(_future_bytes(model, block, each, context, batch) for block in model.future_blocks)
+    further = sum(
+        _future_bytes(model, block, each, context, batch)
+        for block in model.future_blocks
+        if isinstance(block, Block)
+    )
     return TrainingMemory(
         weights=each * count,
         gradients=each * count,
@@ -129,7 +133,7 @@ def _block_bytes(block: Block, each: float, context: int, batch: int) -> float:
     return kept + _feed_forward_bytes(block.feed_forward, width, each)
 
 
-def _future_bytes(model: Decoder, block: Block, each: float, context: int, batch: int) -> float:
+def _future_bytes(model: LanguageModel, block: Block, each: float, context: int, batch: int) -> float:
     """Per token, what a block that predicts further tokens keeps: itself, what it is made of, its loss."""
     joined = 2 * _norm_bytes(model.width, each, output_kept=False) + each * 2 * model.width
     return _block_bytes(block, each, context, batch) + joined + _ends_bytes(model, each)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from gatewright.data.vowels import peterson_barney
-from gatewright.experiments.descent import Descent, descend, drawn
+from gatewright.experiments.descent import Descent, descend
 from gatewright.experiments.lab import kept
 from gatewright.experiments.vowel_runs import READINGS, TRAIN
 from gatewright.papers import get_paper
 from gatewright.training.runlog import Progress
+from gatewright.training.seeded import drawn
 
 Record = dict[str, Any]
 

@@ -14,13 +14,13 @@ from typing import Any
 from gatewright.errors import UserError, did_you_mean
 from gatewright.experiments.balance import CLAIM as BALANCE_CLAIM
 from gatewright.experiments.balance import run_balance
+from gatewright.experiments.gated_tables import GATED
+from gatewright.experiments.hme_table1 import CLAIM as HME_CLAIM
+from gatewright.experiments.hme_table1 import run_hme_table1
 from gatewright.experiments.int8_bits import CLAIM as INT8_CLAIM
 from gatewright.experiments.int8_bits import run_int8
 from gatewright.experiments.interference import CLAIM as INTERFERENCE_CLAIM
 from gatewright.experiments.interference import run_interference
-from gatewright.experiments.hme_table1 import CLAIM as HME_CLAIM
-from gatewright.experiments.hme_table1 import run_hme_table1
-from gatewright.experiments.gated_tables import GATED
 from gatewright.experiments.local_ensemble import CLAIM as ENSEMBLE_CLAIM
 from gatewright.experiments.local_ensemble import run_ensemble
 from gatewright.experiments.local_figures import FIGURES

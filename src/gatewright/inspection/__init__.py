@@ -16,11 +16,13 @@ from .metrics import (
     vocabulary_specialisation,
 )
 from .report import render_page, write_report
+from .survey import Window, survey
 
 __all__ = [
     "Captured",
     "Repetition",
     "Vocabulary",
+    "Window",
     "capture_routing",
     "chance",
     "coactivation",
@@ -33,6 +35,7 @@ __all__ = [
     "repetition",
     "router_saturation",
     "specialisation",
+    "survey",
     "token_view",
     "token_views",
     "vocabulary_specialisation",

@@ -90,15 +90,20 @@ def capture_routing(model: nn.Module, tokens: Any) -> dict[str, Captured]:
     return found
 
 
+def window_starts(length: int, context: int, most: int) -> np.ndarray:
+    """Return where windows of `context` tokens begin: at most `most` tokens of a text of `length`, spread
+    evenly over it, the first at its start. A text that is shorter is one window.
+    """
+    count = max(length // context, 1)
+    kept = max(1, min(count, most // context))
+    return np.linspace(0, count - 1, kept).round().astype(np.int64) * context
+
+
 def _windows(tokens: np.ndarray, context: int, most: int) -> np.ndarray:
     """Return at most `most` tokens as windows [n, context] spread evenly; a short text is one window."""
     flat = np.asarray(tokens, dtype=np.int64).reshape(-1)
-    if len(flat) <= context:
-        return flat[None]
-    count = len(flat) // context
-    kept = max(1, min(count, most // context))
-    chosen = np.linspace(0, count - 1, kept).round().astype(np.int64)
-    return flat[: count * context].reshape(count, context)[chosen]
+    starts = window_starts(len(flat), context, most)
+    return flat[starts[:, None] + np.arange(min(context, len(flat)))]
 
 
 def specialisation(

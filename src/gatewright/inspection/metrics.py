@@ -91,8 +91,20 @@ def coactivation(experts: Any, num_experts: int) -> np.ndarray:
     Equation: co-activation(E_i, E_j) = N_{E_i,E_j} / N_{E_i} (Muennighoff et al. 2024, sec. 5). The diagonal
         is 0 here, since an expert with itself says nothing; the row of an unused expert is 0.
     """
+    return coactivation_shares(coactivation_counts(experts, num_experts))
+
+
+def coactivation_counts(experts: Any, num_experts: int) -> np.ndarray:
+    """Return [E, E]: how many tokens select both experts, on the diagonal how many select the one. Counts of
+    several texts add up.
+    """
     hits = selected(experts, num_experts).astype(np.float64)
-    both = hits.T @ hits
+    return hits.T @ hits
+
+
+def coactivation_shares(counts: np.ndarray) -> np.ndarray:
+    """Return `coactivation` of what `coactivation_counts` counted."""
+    both = counts.astype(np.float64)
     alone = both.diagonal().copy()
     np.fill_diagonal(both, 0.0)
     return np.divide(both, alone[:, None], out=np.zeros_like(both), where=alone[:, None] > 0)

@@ -11,7 +11,8 @@ from ..errors import UserError, did_you_mean
 
 RACE = "gatewright.race.v1"
 TRAIN = "gatewright.train.v1"
-SCHEMAS = (RACE, TRAIN)
+INSPECT = "gatewright.inspect.v1"
+SCHEMAS = (RACE, TRAIN, INSPECT)
 
 
 def lookup(node: Any, *path: str) -> Any:
@@ -75,7 +76,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Record:
-    """A result of a race or of a training run, read for display."""
+    """A result of a race, of a training run or of an inspection, read for display."""
 
     result: Mapping[str, Any]
 
@@ -86,13 +87,17 @@ class Record:
         if schema not in SCHEMAS:
             raise UserError(
                 f"result schema {schema!r}; allowed are {', '.join(SCHEMAS)}; "
-                f"give a race.json or train.json{did_you_mean(schema, SCHEMAS)}"
+                f"give a race.json, train.json or inspect.json{did_you_mean(schema, SCHEMAS)}"
             )
         return cls(result)
 
     @property
     def is_race(self) -> bool:
         return text(self.result, "schema") == RACE
+
+    @property
+    def is_inspection(self) -> bool:
+        return text(self.result, "schema") == INSPECT
 
     @property
     def title(self) -> str:

@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from ..errors import RunFailure
+from .inspected import build_inspection, inspection_headline
 from .plots.theme import Image
 from .record import Record, text
 from .sections import build
@@ -43,18 +44,23 @@ def _style(record: Record) -> str:
 def render_page(result: Mapping[str, Any]) -> tuple[str, list[Image]]:
     """Return the page as HTML and the figures that belong beside it. Writes nothing.
 
-    Raises: UserError for a mapping whose schema is neither a race's nor a training run's.
+    Raises: UserError for a mapping that is no result of a race, a training run or an inspection.
     """
     record = Record.read(result)
-    page = build(record)
-    headline = race_headline(record) if record.is_race else train_headline(record)
+    if record.is_inspection:
+        page, headline, kind = build_inspection(record), inspection_headline(record), "Where tokens go"
+    else:
+        page = build(record)
+        headline = race_headline(record) if record.is_race else train_headline(record)
+        kind = "Sparse against dense" if record.is_race else "Training run"
     data = text(result, "data", "name")
-    about = [moment(text(result, "created")), plural(len(record.seeds), "seed"), f"data: {data or NONE}"]
+    seeds = [] if record.is_inspection else [plural(len(record.seeds), "seed")]
+    about = [moment(text(result, "created")), *seeds, f"data: {data or NONE}"]
     html = Template(_asset("report.html")).substitute(
         title=escape(record.title),
-        kind="Sparse against dense" if record.is_race else "Training run",
+        kind=kind,
         about=escape(" · ".join(part for part in about if part)),
-        links='<a href="#verdict">Verdict</a>' + page.links,
+        links=f'<a href="#verdict">{"Summary" if record.is_inspection else "Verdict"}</a>' + page.links,
         style=_style(record),
         script=_asset("tokens.js"),
         body=headline + page.html,
@@ -68,7 +74,7 @@ def write_report(result: Mapping[str, Any], out_dir: Path) -> Path:
 
     The page needs no network and no other file. Absent or null parts of the result are named as not recorded.
 
-    Args: result: the content of race.json or train.json; out_dir: created where it is missing.
+    Args: result: the content of race.json, train.json or inspect.json; out_dir: created where it is missing.
     Raises: UserError for another schema; RunFailure where the folder cannot be written.
     """
     html, images = render_page(result)

@@ -175,7 +175,8 @@ def _load_table(side: Mapping[str, Any]) -> str:
     )
 
 
-def _favourites(side: Mapping[str, Any]) -> str:
+def favourites(side: Mapping[str, Any]) -> str:
+    """Return the table of the expert that most tokens of each domain select, per router."""
     domain_names = [str(name) for name in rows(side, "specialisation", "domains")]
     lines = []
     for name, value in table(side, "specialisation", "routers").items():
@@ -217,7 +218,7 @@ def _routing_of(page: Page, name: str, prefix: str) -> str:
         "<h3>Load over training</h3>" + (explained + load + _load_table(side) if load else missing("Load")),
         "<h3>Dropped tokens</h3>" + _drops(page, side, prefix),
         "<h3>What the experts specialise in</h3>"
-        + (meaning + special + _favourites(side) if special else missing("Specialisation by domain")),
+        + (meaning + special + favourites(side) if special else missing("Specialisation by domain")),
         "<h3>Where each token went</h3>" + token_section(side, slug(prefix)),
     ]
     return "".join(parts)

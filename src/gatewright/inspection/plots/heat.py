@@ -58,7 +58,7 @@ def reach(tables: Iterable[np.ndarray], even: float) -> float:
     return min(8.0, max(2.0, largest / even))
 
 
-def _shares(
+def share_map(
     columns: np.ndarray, values: np.ndarray, even: float, factor: float, theme: Theme, height: float
 ) -> tuple[Figure, Axes]:
     """Return a heat map of shares on a logarithmic scale around `even`, the neutral colour."""
@@ -90,7 +90,7 @@ def _draw_load(steps: np.ndarray, load: np.ndarray, factor: float, title: str, t
         load = np.stack([load[part].mean(axis=0) for part in parts])
     experts = load.shape[1]
     height = 1.5 + min(1.7, 0.1 * experts)
-    figure, axes = _shares(_edges(steps), load.T, 1 / experts, factor, theme, height)
+    figure, axes = share_map(_edges(steps), load.T, 1 / experts, factor, theme, height)
     axes.set_title(shorten(title, 44))
     axes.set_xlabel("training step")
     axes.set_ylabel("expert")
@@ -142,7 +142,7 @@ def _draw_specialisation(
     order = specialisation_order(shares)
     height = 1.15 + 0.27 * len(domains)
     columns = np.arange(experts + 1) - 0.5
-    figure, axes = _shares(columns, shares[:, order], chance, factor, theme, height)
+    figure, axes = share_map(columns, shares[:, order], chance, factor, theme, height)
     axes.set_title(shorten(title, 44))
     axes.set_yticks(range(len(domains)), [shorten(name, 16) for name in domains])
     axes.set_xlabel("expert, grouped by the domain that selects it most")
