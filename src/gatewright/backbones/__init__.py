@@ -4,6 +4,7 @@ from gatewright.backbones import initialise
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
 from gatewright.backbones.cases import HiddenLayer, Mixture, MixtureOutput
 from gatewright.backbones.cost import Cost, count_cost, on_no_memory
+from gatewright.backbones.encoder_decoder import EncoderDecoder, PairCache
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.pattern import moe_pattern, per_layer
 from gatewright.backbones.transformer import Block, Decoder, DecoderOutput, KVCache
@@ -14,11 +15,13 @@ __all__ = [
     "Cost",
     "Decoder",
     "DecoderOutput",
+    "EncoderDecoder",
     "HiddenLayer",
     "KVCache",
     "LayerCache",
     "Mixture",
     "MixtureOutput",
+    "PairCache",
     "RMSNorm",
     "RotaryPositions",
     "count_cost",

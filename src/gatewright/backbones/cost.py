@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gatewright.backbones.attention import Attention
+from gatewright.backbones.encoder_decoder import EncoderDecoder
 from gatewright.backbones.transformer import Block, Decoder
 from gatewright.errors import UserError
 from gatewright.parts import Experts, MoELayer
@@ -76,10 +77,14 @@ def count_cost(model: nn.Module, context: int) -> Cost:
     """Return the Cost of a Decoder per token, at sequences of `context` tokens.
 
     Causal attention meets (context + 1) / 2 keys on average. Norms, activations, softmax and the optimizer
-    are not counted.
+    are not counted. An EncoderDecoder's is that of one pair of its own lengths, spread over `context` tokens
+    of text.
     """
+    if isinstance(model, EncoderDecoder):
+        return _pair_cost(model, context)
     if not isinstance(model, Decoder):
-        raise UserError(f"cost of a {type(model).__name__} is not known; allowed: a Decoder")
+        known = "a Decoder or an EncoderDecoder"
+        raise UserError(f"cost of a {type(model).__name__} is not known; allowed: {known}")
     flops = dict.fromkeys(
         (
             "attention_projections",
@@ -106,6 +111,31 @@ def count_cost(model: nn.Module, context: int) -> Cost:
             flops[part] += count
     flops["head"] = 2.0 * model.vocab_size * model.width
     return Cost(total_parameters=total, active_parameters=round(total - idle), flops=flops)
+
+
+def _pair_cost(model: EncoderDecoder, context: int) -> Cost:
+    source, target = model.context, model.target_context
+    parts = ("attention_projections", "attention_scores", "router", "experts", "shared_experts", "dense_ffn")
+    flops, idle = dict.fromkeys((*parts, "head"), 0.0), 0.0
+    # A source token meets all of the source, a target token half of the target on average.
+    stacks = ((model.encoder, source, float(source)), (model.decoder, target, (target + 1) / 2))
+    for stack, length, keys in stacks:
+        for block in stack.blocks():
+            own = block.attention
+            square, scores = 2.0 * own.query.weight.numel(), 2.0 * 2 * own.num_heads * own.head_dim
+            flops["attention_projections"] += 4 * square * length
+            flops["attention_scores"] += scores * length * keys
+            if block.cross is not None:
+                # Queries and outputs of the target, keys and values of the source.
+                flops["attention_projections"] += 2 * square * (target + source)
+                flops["attention_scores"] += scores * target * source
+            share = _feed_forward(block.feed_forward, "dense_ffn")
+            idle += sum(p.numel() for p in block.feed_forward.parameters()) - share.active
+            for part, count in share.flops.items():
+                flops[part] += count * length
+    flops["head"] = 2.0 * model.vocab_size * model.width * target
+    total = sum(p.numel() for p in model.parameters())
+    return Cost(total, round(total - idle), {part: count / context for part, count in flops.items()})
 
 
 class _Share(NamedTuple):
