@@ -2,5 +2,6 @@
 
 from gatewright.objectives.mixture import CaseError
 from gatewright.objectives.next_token import Loss, NextToken
+from gatewright.objectives.spans import Pair, SpanCorruption, Spans
 
-__all__ = ["CaseError", "Loss", "NextToken"]
+__all__ = ["CaseError", "Loss", "NextToken", "Pair", "SpanCorruption", "Spans"]
