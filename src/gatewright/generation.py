@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatewright.backbones import Decoder, KVCache
 from gatewright.errors import RunFailure, UserError
@@ -169,12 +169,12 @@ class _Reader:
             self.cache = None
         window = text[:, self.start :]
         if not self.use_cache:
-            with _for_generation(self.model, self.layers):
+            with for_generation(self.model, self.layers):
                 return self._last_logits(window)
         if self.cache is None:
             self.cache = self.model.new_cache(text.shape[0], self.capacity)
         new = window[:, self.cache.length :]
-        with _for_generation(self.model, self.layers):
+        with for_generation(self.model, self.layers):
             return self._last_logits(new, self.cache)
 
     def _last_logits(self, window: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -185,7 +185,7 @@ class _Reader:
 
 
 @contextmanager
-def _for_generation(model: Decoder, layers: Sequence[MoELayer]) -> Iterator[None]:
+def for_generation(model: nn.Module, layers: Sequence[MoELayer]) -> Iterator[None]:
     """Evaluation mode and no capacity for one call; who stops in the middle finds the model as it was."""
     capacities = [layer.capacity for layer in layers]
     was_training = model.training
@@ -204,6 +204,11 @@ def _for_generation(model: Decoder, layers: Sequence[MoELayer]) -> Iterator[None
 
 def _check_tokens(model: Decoder, tokens: Sequence[int] | Tensor) -> tuple[Tensor, bool]:
     """Return tokens as [B, S] int64 on the model's device, and whether they were one text."""
+    if not isinstance(model, Decoder):
+        raise UserError(
+            f"a {type(model).__name__} continues no text; allowed: a decoder's run; targets of an encoder-"
+            "decoder are written by gatewright.beams"
+        )
     try:
         given = tokens if isinstance(tokens, Tensor) else torch.as_tensor(np.asarray(tokens))
     except (TypeError, ValueError):
