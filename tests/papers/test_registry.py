@@ -13,10 +13,12 @@ from gatewright.papers import (
     all_papers,
     get_paper,
     get_text_paper,
+    get_trained_paper,
     paper_info,
     published,
     published_names,
     text_papers,
+    trained_papers,
     wired_papers,
 )
 
@@ -34,8 +36,9 @@ NUM_AUTHORS = [4, 2, 3, 7, 9, 3, 27, 8, 8, 10, 26, 17, 156, 200, 24]
 def test_the_lineage_is_complete_and_in_order():
     assert [(paper.id, paper.year) for paper in all_papers()] == LINEAGE
     assert [len(paper.authors) for paper in all_papers()] == NUM_AUTHORS
-    assert wired_papers() == ("local_experts", "switch", "mixtral", "olmoe")
+    assert wired_papers() == ("local_experts", "gshard", "switch", "mixtral", "olmoe")
     assert text_papers() == ("switch", "mixtral", "olmoe")
+    assert trained_papers() == ("switch", "mixtral", "olmoe", "gshard", "switch_t5")
 
 
 def test_records_are_whole():
@@ -92,9 +95,11 @@ def test_published_sizes_are_found_by_name():
     ("call", "name", "message"),
     [
         (get_paper, "mixtrel", "did you mean 'mixtral'"),
-        (get_paper, "gshard", "planned and cannot be built yet; allowed: local_experts, switch, mixtral"),
-        (get_text_paper, "local_experts", "does not train on text; allowed: switch, mixtral, olmoe; its own"),
-        (get_text_paper, "gshard", "planned and cannot be built yet"),
+        (get_paper, "glam", "planned and cannot be built yet; allowed: local_experts, gshard, switch"),
+        (get_text_paper, "local_experts", "does not train on text; allowed: switch, mixtral, olmoe, gshard"),
+        (get_trained_paper, "local_experts", "switch_t5; its own experiments are"),
+        (get_text_paper, "switch_t5", "is an encoder-decoder, for `train`, `eval` and `plan`; allowed here"),
+        (get_text_paper, "glam", "planned and cannot be built yet"),
         (paper_info, "deepseek-v3", "did you mean 'deepseek_v3'"),
         (published, "mixtral-8x7", "did you mean 'mixtral-8x7b'"),
         (published, "zzz", "allowed: .*olmoe-1b-7b"),

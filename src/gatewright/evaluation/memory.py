@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gatewright.backbones import Attention, Block, Decoder
+from gatewright.backbones import Attention, Block, Decoder, EncoderDecoder
 from gatewright.errors import UserError, did_you_mean
 from gatewright.kernels import choose_attention, native
 from gatewright.kernels.dense import fits
@@ -197,6 +197,13 @@ def _ends_bytes(model: Decoder, each: float) -> float:
     return 8 + _norm_bytes(model.width, each) + loss
 
 
-def kv_cache_bytes_per_token(model: Decoder, each: float) -> float:
-    """Return the bytes that one token of one sequence keeps: 2 L Hkv head_dim values of `each` bytes."""
+def kv_cache_bytes_per_token(model: Decoder | EncoderDecoder, each: float, context: int = 1) -> float:
+    """Return the bytes that one token of one sequence keeps: 2 L Hkv head_dim values of `each` bytes.
+
+    An encoder-decoder keeps those of source and target in each layer of its decoder, here spread over the
+    `context` tokens of text that they are made of.
+    """
+    if isinstance(model, EncoderDecoder):
+        own = 2 * len(model.decoder.layers) * model.num_heads * model.head_dim * each
+        return own * (model.context + model.target_context) / context
     return 2 * len(model.layers) * model.num_kv_heads * model.head_dim * each
