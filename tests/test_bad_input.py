@@ -132,7 +132,7 @@ def test_a_run_that_cannot_be(
     ("words", "line"),
     [
         (["mixtrall"], "mixtrall"),
-        (["gshard"], "gshard"),
+        (["glam"], "glam"),
         (["deepseek_v3"], "deepseek_v3"),
         (["mixtral", "olmoe"], "'olmoe' does not belong to a flag"),
         (["olmoe", "--num-kv-heads", "1"], "unknown flag --num-kv-heads"),

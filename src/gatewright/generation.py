@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatewright.backbones import AheadReader, KVCache, LanguageModel, LSTMCache
 from gatewright.errors import RunFailure, UserError
@@ -180,15 +180,15 @@ class _Reader:
             self.ahead = None if self.ahead is None else AheadReader(self.model, self.capacity)
         window = text[:, self.start :]
         if self.ahead is not None:
-            with _for_generation(self.model, self.layers):
+            with for_generation(self.model, self.layers):
                 return self.ahead.read(window)
         if not self.use_cache:
-            with _for_generation(self.model, self.layers):
+            with for_generation(self.model, self.layers):
                 return self._last_logits(window)
         if self.cache is None:
             self.cache = self.model.new_cache(text.shape[0], self.capacity)
         new = window[:, self.cache.length :]
-        with _for_generation(self.model, self.layers):
+        with for_generation(self.model, self.layers):
             return self._last_logits(new, self.cache)
 
     def _last_logits(self, window: Tensor, cache: KVCache | LSTMCache | None = None) -> Tensor:
@@ -199,7 +199,7 @@ class _Reader:
 
 
 @contextmanager
-def _for_generation(model: LanguageModel, layers: Sequence[MoELayer]) -> Iterator[None]:
+def for_generation(model: nn.Module, layers: Sequence[MoELayer]) -> Iterator[None]:
     """Evaluation mode and no capacity for one call; who stops in the middle finds the model as it was."""
     capacities = [layer.capacity for layer in layers]
     was_training = model.training
@@ -218,6 +218,11 @@ def _for_generation(model: LanguageModel, layers: Sequence[MoELayer]) -> Iterato
 
 def _check_tokens(model: LanguageModel, tokens: Sequence[int] | Tensor) -> tuple[Tensor, bool]:
     """Return tokens as [B, S] int64 on the model's device, and whether they were one text."""
+    if not isinstance(model, LanguageModel):
+        raise UserError(
+            f"a {type(model).__name__} continues no text; allowed: a decoder's run; targets of an encoder-"
+            "decoder are written by gatewright.beams"
+        )
     try:
         given = tokens if isinstance(tokens, Tensor) else torch.as_tensor(np.asarray(tokens))
     except (TypeError, ValueError):

@@ -223,7 +223,7 @@ def test_a_wrong_run_file_is_named(tmp_path: Path, text: str, message: str):
     [
         ({"name": "mixtral-8x7"}, "did you mean 'mixtral-8x7b'"),
         ({"name": "mixtrel"}, "did you mean 'mixtral'"),
-        ({"name": "gshard"}, "planned"),
+        ({"name": "glam"}, "planned"),
         ({"name": None}, "no model given"),
         ({"name": "no/such/folder.toml"}, "is not there"),
         ({"name": "olmoe", "dtype": "fp8"}, "dtype 'fp8' is unknown"),

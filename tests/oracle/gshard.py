@@ -72,8 +72,9 @@ def gshard_layer(
     mask: list[bool],
     coins: list[float] | None,
     literal: bool,
+    activation: str = "swiglu",
 ) -> tuple[Tensor, list[Gated | None], list[list[int]], Tensor]:
-    """Return y [T, D] of a swiglu layer, what each token got (none for padding), the first choices of each
+    """Return y [T, D] of the layer, what each token got (none for padding), the first choices of each
     group, and the mean of l_aux over the groups that hold tokens.
     """
     num_tokens, num_experts = x.shape[0], weights.router.shape[0]
@@ -95,7 +96,7 @@ def gshard_layer(
         for t in group:
             y = torch.zeros_like(x[t])
             for e, weight in gated[t].weights.items() if t in gated else ():
-                y = y + weight * feed_forward(x[t], weights.w_in[e], weights.w_down[e], "swiglu")
+                y = y + weight * feed_forward(x[t], weights.w_in[e], weights.w_down[e], activation)
             rows.append(y)
             got.append(gated.get(t))
     mean = torch.stack(losses).mean() if losses else torch.zeros((), dtype=torch.float64)

@@ -13,10 +13,12 @@ from gatewright.papers import (
     all_papers,
     get_paper,
     get_text_paper,
+    get_trained_paper,
     paper_info,
     published,
     published_names,
     text_papers,
+    trained_papers,
     wired_papers,
 )
 
@@ -36,9 +38,10 @@ def test_the_lineage_is_complete_and_in_order():
     assert [len(paper.authors) for paper in all_papers()] == NUM_AUTHORS
     deepseek = ("deepseek_moe", "deepseek_v2", "deepseek_v3")
     classics = ("local_experts", "hme", "sparsely_gated")
-    assert wired_papers() == (*classics, "switch", "mixtral", *deepseek, "olmoe")
+    assert wired_papers() == (*classics, "gshard", "switch", "mixtral", *deepseek, "olmoe")
     models = ("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4")
     assert text_papers() == ("sparsely_gated", "switch", "mixtral", *deepseek, "olmoe", *models)
+    assert trained_papers() == (*text_papers(), "gshard", "switch_t5")
 
 
 def test_records_are_whole():
@@ -97,21 +100,19 @@ def test_published_sizes_are_found_by_name():
         (get_paper, "mixtrel", "did you mean 'mixtral'"),
         (
             get_paper,
-            "gshard",
-            "planned and cannot be built yet; allowed: local_experts, hme, sparsely_gated, switch",
+            "glam",
+            "planned and cannot be built yet; allowed: local_experts, hme, sparsely_gated, gshard",
         ),
         (
             get_text_paper,
             "local_experts",
-            "does not train on text; allowed: sparsely_gated, switch, mixtral, .*llama4; its own",
+            "does not train on text; allowed: sparsely_gated, switch, mixtral, .*llama4, gshard",
         ),
-        (
-            get_text_paper,
-            "hme",
-            "does not train on text; allowed: sparsely_gated, switch, mixtral, .*llama4; its own",
-        ),
+        (get_text_paper, "hme", "does not train on text; allowed: sparsely_gated, switch, mixtral, .*llama4"),
+        (get_trained_paper, "local_experts", "switch_t5; its own experiments are"),
+        (get_text_paper, "switch_t5", "is an encoder-decoder, for `train`, `eval` and `plan`; allowed here"),
         (get_text_paper, "gpt_os", "did you mean 'gpt_oss'"),
-        (get_text_paper, "gshard", "planned and cannot be built yet"),
+        (get_text_paper, "glam", "planned and cannot be built yet"),
         (paper_info, "deepseek-v3", "did you mean 'deepseek_v3'"),
         (published, "mixtral-8x7", "did you mean 'mixtral-8x7b'"),
         (published, "zzz", "allowed: .*olmoe-1b-7b"),

@@ -14,6 +14,10 @@ from gatewright.backbones import count_cost, on_no_memory
 from gatewright.errors import UserError
 from gatewright.objectives import NextToken
 from gatewright.papers import get_paper, published, published_names, text_papers, wired_papers
+from gatewright.papers.registry import FORMS
+from tests.papers.test_encoder_decoders import GSHARD_BILLIONS, RELEASED_BILLIONS, T5_BILLIONS
+
+FILES = tuple(dict.fromkeys((*wired_papers(), *text_papers(), *FORMS)))
 
 # Billions, total and active; tolerance. In print: 47B and 13B, 141B and 39B; OLMoE table 10: 6.9B and 1.3B.
 PUBLISHED_BILLIONS = {
@@ -73,10 +77,12 @@ def test_switch_decoders_are_about_half_of_the_encoder_decoders(size: str):
 def test_every_published_size_is_checked():
     # Those of 2017 in test_sparsely_gated.py.
     others = [name for name in published_names() if not name.startswith("sparsely_gated/")]
-    assert {*PUBLISHED_BILLIONS, *(f"switch-{size}-decoder" for size in SWITCH_BILLIONS)} == {*others}
+    pairs = {*GSHARD_BILLIONS, *T5_BILLIONS, *RELEASED_BILLIONS}
+    decoders = {*PUBLISHED_BILLIONS, *(f"switch-{size}-decoder" for size in SWITCH_BILLIONS)}
+    assert pairs | decoders == {*others}
 
 
-@pytest.mark.parametrize("paper", dict.fromkeys([*wired_papers(), *text_papers()]))
+@pytest.mark.parametrize("paper", FILES)
 def test_settings_are_few_and_each_is_explained(paper: str):
     file = get_paper(paper)
     fields = dataclasses.fields(file.Settings)
@@ -108,7 +114,7 @@ def test_small_defaults_build_and_train_a_step(paper: str):
     )
 
 
-@pytest.mark.parametrize("paper", wired_papers())
+@pytest.mark.parametrize("paper", FILES)
 def test_same_seed_same_weights(paper: str):
     file = get_paper(paper)
 
@@ -147,7 +153,7 @@ def test_objectives_carry_the_papers_weights():
     assert objective("switch", num_layers=6, moe_layers="none").balance_weight == 0
 
 
-@pytest.mark.parametrize("paper", wired_papers())
+@pytest.mark.parametrize("paper", FILES)
 def test_deviations_are_sentences(paper: str):
     for sentence in get_paper(paper).DEVIATIONS:
         assert sentence.endswith(".")

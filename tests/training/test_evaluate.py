@@ -76,13 +76,13 @@ def test_a_tokenizer_of_its_own_stays_although_the_text_changes(
     trained_now = open_corpus([data], tokenizer="bpe:290").tokenizer
     assert trained_now.to_json() != saved.to_json()
     read: list[np.ndarray] = []
-    inner = evaluate.bits_per_byte
+    inner = evaluate.bits_of
 
-    def noted(model: Any, texts: Any, *more: Any, **settings: Any) -> Any:
+    def noted(model: Any, objective: Any, texts: Any, *more: Any, **settings: Any) -> Any:
         read.append(texts["own"][1:101])
-        return inner(model, texts, *more, **settings)
+        return inner(model, objective, texts, *more, **settings)
 
-    monkeypatch.setattr(evaluate, "bits_per_byte", noted)
+    monkeypatch.setattr(evaluate, "bits_of", noted)
     evaluate_run(tmp_path / "run")
     evaluate_run(tmp_path / "run", EvalRun(data=(data,)))
     written = "".join(path.read_text() for path in Path(data).iterdir())

@@ -42,7 +42,7 @@ def any_router(monkeypatch: pytest.MonkeyPatch) -> None:
     paper = SimpleNamespace(
         Settings=Settings, build=build, objective=lambda settings: NextToken(balance_weight=0.01)
     )
-    monkeypatch.setattr(training, "get_text_paper", lambda name: paper)
+    monkeypatch.setattr(training, "get_trained_paper", lambda name: paper)
 
 
 CASES: list[dict[str, Any]] = [

@@ -7,6 +7,7 @@ from gatewright.backbones.attention import Attention, LayerCache, RotaryPosition
 from gatewright.backbones.cases import HiddenLayer, Mixture, MixtureOutput
 from gatewright.backbones.cost import Cost, count_cost, on_no_memory
 from gatewright.backbones.deep import DeepMLP, dense_layer
+from gatewright.backbones.encoder_decoder import EncoderDecoder, PairCache
 from gatewright.backbones.future import FutureToken
 from gatewright.backbones.latent import LatentAttention, LatentSizes
 from gatewright.backbones.lstm import LanguageModel, LSTMCache, LSTMDecoder, RecurrentBlock
@@ -24,6 +25,7 @@ __all__ = [
     "Decoder",
     "DecoderOutput",
     "DeepMLP",
+    "EncoderDecoder",
     "ExpertTree",
     "FutureToken",
     "HiddenLayer",
@@ -36,6 +38,7 @@ __all__ = [
     "LayerCache",
     "Mixture",
     "MixtureOutput",
+    "PairCache",
     "RMSNorm",
     "RecurrentBlock",
     "RopeScaling",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gatewright.backbones.attention import Attention
+from gatewright.backbones.encoder_decoder import EncoderDecoder
 from gatewright.backbones.latent import LatentAttention
 from gatewright.backbones.lstm import LanguageModel, RecurrentBlock
 from gatewright.backbones.transformer import Block
@@ -85,12 +86,14 @@ def count_cost(model: nn.Module, context: int) -> Cost:
 
     Causal attention meets (context + 1) / 2 keys on average, less within a window; a latent one is counted in
     its full form. Norms, activations, softmax and the optimizer are not counted; what a router multiplies for
-    its learned noise in training is.
+    its learned noise in training is. An EncoderDecoder's cost is that of one pair of its own lengths, spread
+    over `context` tokens of text.
     """
+    if isinstance(model, EncoderDecoder):
+        return _pair_cost(model, context)
     if not isinstance(model, LanguageModel):
-        raise UserError(
-            f"cost of a {type(model).__name__} is not known; allowed: a Decoder or an LSTMDecoder"
-        )
+        known = "a Decoder, an LSTMDecoder or an EncoderDecoder"
+        raise UserError(f"cost of a {type(model).__name__} is not known; allowed: {known}")
     flops = dict.fromkeys(
         (
             "attention_projections",
@@ -145,6 +148,35 @@ def _unchosen_groups(router: Router) -> float:
         return 0.0
     inside = router.weight.numel() * (1 if router.noise is None else 2)
     return inside * (1 - router.num_primary / router.num_groups)
+
+
+def _pair_cost(model: EncoderDecoder, context: int) -> Cost:
+    source, target = model.context, model.target_context
+    parts = ("attention_projections", "attention_scores", "router", "experts", "shared_experts", "dense_ffn")
+    flops, idle = dict.fromkeys((*parts, "head"), 0.0), 0.0
+    # A source token meets all of the source, a target token half of the target on average.
+    stacks = ((model.encoder, source, float(source)), (model.decoder, target, (target + 1) / 2))
+    for stack, length, keys in stacks:
+        for block in stack.blocks():
+            own = block.attention
+            square, scores = 2.0 * own.query.weight.numel(), 2.0 * 2 * own.num_heads * own.head_dim
+            flops["attention_projections"] += 4 * square * length
+            flops["attention_scores"] += scores * length * keys
+            if block.cross is not None:
+                # Queries and outputs of the target, keys and values of the source.
+                flops["attention_projections"] += 2 * square * (target + source)
+                flops["attention_scores"] += scores * target * source
+            share = _feed_forward(block.feed_forward, "dense_ffn")
+            idle += sum(p.numel() for p in block.feed_forward.parameters()) - share.active
+            for part, count in share.flops.items():
+                flops[part] += count * length
+    inner = sum(flops.values()) / 2 / context
+    flops["head"] = 2.0 * model.vocab_size * model.width * target
+    total = sum(p.numel() for p in model.parameters())
+    tables = (model.source_embedding.weight, model.target_embedding.weight, model.head.weight)
+    ends = {id(p): p.numel() for p in tables}
+    each = {part: count / context for part, count in flops.items()}
+    return Cost(total, round(total - idle), each, total - sum(ends.values()), inner)
 
 
 class _Share(NamedTuple):

@@ -18,6 +18,8 @@ class DataSettings:
     """bytes of text to hold out, shared by the domains"""
     data_seed: int = 0
     """which documents are held out"""
+    fetch: bool = False
+    """fetch the pinned parallel text with npm into the cache instead, and say where it is"""
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +34,11 @@ def work(argv: list[str], common: Common) -> Outcome:
 
     paths, rest = take_words(argv, most=len(argv))
     (s,) = settings_from(rest, DataSettings, prog="gatewright data", words="[PATH...]", toml=common.from_)
+    if s.fetch:
+        from ..data.parallel import PACKAGE, fetch
+
+        place = str(fetch(progress=lambda line: print(line, file=sys.stderr, flush=True)))
+        return Outcome({"package": PACKAGE, "folder": place}, place)
     found = profile_data(
         paths,
         tokenizer=s.tokenizer,

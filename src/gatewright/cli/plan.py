@@ -34,18 +34,17 @@ def main(argv: list[str]) -> int:
 def work(argv: list[str], common: Common) -> Outcome:
     """Plan a published size, a paper's small default (either changed by its flags), or a run."""
     from ..evaluation.plan import plan
-    from ..papers import get_text_paper, published, published_names, text_papers
+    from ..papers import get_trained_paper, published, published_names, trained_papers
     from .parse import settings_from, the_word
 
-    names = (
-        f"a published size ({', '.join(published_names())}), a paper ({', '.join(text_papers())}), or a run"
-    )
+    sizes, papers = ", ".join(published_names()), ", ".join(trained_papers())
+    names = f"a published size ({sizes}), a paper ({papers}), or a run"
     name, rest = the_word(argv, "gatewright plan", "NAME", names)
     base: list[Any] = []
     if name in published_names():
         base = [published(name)[1]]
-    elif name in text_papers():
-        base = [get_text_paper(name).Settings()]
+    elif name in trained_papers():
+        base = [get_trained_paper(name).Settings()]
     # The context is planned for, not built in: the plan says where it exceeds the model's own.
     hidden = ["Settings.context"]
     doors: Any = {"words": "NAME", "hidden": hidden, "toml": common.from_, "intro": f"NAME: {names}."}

@@ -1,5 +1,5 @@
 """Other libraries' models and this toolkit: its experts inside transformers, what their routers choose,
-balance on adopted checkpoints, and experts in int8.
+balance on adopted checkpoints, T5 and Switch read, and experts in int8.
 """
 
 from gatewright.conversion.balance import (
@@ -15,6 +15,7 @@ from gatewright.conversion.experts import experts_forward
 from gatewright.conversion.install import NOT_COVERED, Placed, register_experts, use_in_transformers
 from gatewright.conversion.recorder import RecordedModel, RouterRecorder
 from gatewright.conversion.routers import NOT_RECORDED, RouterSite, router_sites
+from gatewright.conversion.t5 import from_t5, load_t5
 from gatewright.parts.quantise import quantise_experts
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "attach_balance",
     "attach_bias",
     "experts_forward",
+    "from_t5",
+    "load_t5",
     "quantise_experts",
     "register_experts",
     "router_sites",

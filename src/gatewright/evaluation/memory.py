@@ -14,6 +14,7 @@ from gatewright.backbones import (
     Attention,
     Block,
     DeepMLP,
+    EncoderDecoder,
     LanguageModel,
     LatentAttention,
     LSTMDecoder,
@@ -284,11 +285,14 @@ def _ends_bytes(model: LanguageModel, each: float) -> float:
     return 8 + last + dropout + loss
 
 
-def cache_bytes(model: LanguageModel, each: float, context: int) -> float:
+def cache_bytes(model: LanguageModel | EncoderDecoder, each: float, context: int) -> float:
     """Return the bytes that generation keeps of one sequence, in values of `each` bytes: for every token in
     each layer 2 Hkv head_dim, or the latent and the rotary key of latent attention; of an LSTM its output and
-    cell, however long the text is.
+    cell, however long the text is; of an encoder-decoder source and target in each layer of its decoder.
     """
+    if isinstance(model, EncoderDecoder):
+        own = 2 * len(model.decoder.layers) * model.num_heads * model.head_dim * each
+        return own * (model.context + model.target_context)
     if isinstance(model, LSTMDecoder):
         blocks = [block for block in model.layers if isinstance(block, RecurrentBlock)]
         return each * sum(model.width + block.lstm.hidden_size for block in blocks)

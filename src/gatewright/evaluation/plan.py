@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatewright.backbones import count_cost, on_no_memory
+from gatewright.backbones import Cost, EncoderDecoder, count_cost, on_no_memory
 from gatewright.errors import UserError, did_you_mean
 from gatewright.evaluation.memory import (
     BYTES_PER_WEIGHT,
@@ -21,7 +21,14 @@ from gatewright.evaluation.memory import (
     check_choice,
     training_memory,
 )
-from gatewright.papers import all_papers, get_text_paper, published, published_names, text_papers
+from gatewright.papers import (
+    all_papers,
+    get_trained_paper,
+    published,
+    published_names,
+    text_papers,
+    trained_papers,
+)
 
 GB = 1e9
 # What of a device's memory may be filled; the rest is for kernels, buffers and fragments.
@@ -99,11 +106,10 @@ def plan(
     title, paper_id, chosen = _resolve(name, settings, paper)
     length = chosen.context if context is None else context
     _check_numbers(length, batch, device_memory_gb)
-    with on_no_memory():
-        model = get_text_paper(paper_id).build(chosen)
-    cost = count_cost(model, length)
+    model, cost = _model_and_cost(paper_id, chosen, length)
     total, each = cost.total_parameters, BYTES_PER_WEIGHT[dtype]
-    trained = training_memory(model, dtype, length, batch, optimizer) if dtype in TRAINED_DTYPES else None
+    counted = dtype in TRAINED_DTYPES and not isinstance(model, EncoderDecoder)
+    trained = training_memory(model, dtype, length, batch, optimizer) if counted else None
     cache = cache_bytes(model, max(each, 2.0), length) * batch
     inference = each * total + cache
     attention = cost.flops["attention_projections"] + cost.flops["attention_scores"]
@@ -132,8 +138,17 @@ def plan(
         devices=tuple(
             _devices(size, inference, None if trained is None else trained.total_of(again)) for size in sizes
         ),
-        notes=_notes(dtype, length, chosen.context),
+        notes=_pair_notes() if isinstance(model, EncoderDecoder) else _notes(dtype, length, chosen.context),
     )
+
+
+def _model_and_cost(paper_id: str, settings: Any, context: int) -> tuple[Any, Cost]:
+    """Return the model as shapes and its cost; an encoder-decoder is built for this context."""
+    if paper_id not in text_papers():
+        settings = dataclasses.replace(settings, context=context)
+    with on_no_memory():
+        model = get_trained_paper(paper_id).build(settings)
+    return model, count_cost(model, context)
 
 
 def _check_numbers(context: int, batch: int, device_memory_gb: float | None) -> None:
@@ -175,11 +190,20 @@ def _notes(dtype: str, context: int, trained_context: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _pair_notes() -> tuple[str, ...]:
+    return (
+        "GB are 1e9 bytes; a token is one of the text: sources and targets are what masking makes of it",
+        "inference: weights, and keys and values of source and target",
+        f"devices: everything sharded evenly, {USABLE_SHARE:.0%} of each filled, no communication buffers",
+        "no training figures: the activations of encoder-decoders are not counted yet",
+    )
+
+
 def _resolve(name: str | None, settings: Any, paper: str | None) -> tuple[str, str, Any]:
     """Return (title, paper id, Settings) from whichever way the model was named."""
     if settings is not None:
         paper_id = paper or type(settings).__module__.rpartition(".")[2]
-        if not isinstance(settings, get_text_paper(paper_id).Settings):
+        if not isinstance(settings, get_trained_paper(paper_id).Settings):
             raise UserError(f"settings are not those of paper {paper_id!r}; give the paper they belong to")
         return name or paper_id, paper_id, settings
     if name is None:
@@ -190,12 +214,12 @@ def _resolve(name: str | None, settings: Any, paper: str | None) -> tuple[str, s
         name = paper
     if name in published_names():
         return name, *published(name)
-    if name in (*text_papers(), *(info.id for info in all_papers())):
-        return f"{name} (small default)", name, get_text_paper(name).Settings()
+    if name in (*trained_papers(), *(info.id for info in all_papers())):
+        return f"{name} (small default)", name, get_trained_paper(name).Settings()
     path = Path(name)
     if path.is_dir() or path.suffix == ".toml":
         return _from_run(path / "run.toml" if path.is_dir() else path)
-    known = (*published_names(), *text_papers())
+    known = (*published_names(), *trained_papers())
     raise UserError(
         f"model {name!r} is unknown{did_you_mean(name, known)}; allowed: {', '.join(known)}, "
         "or a run's folder"
@@ -212,7 +236,7 @@ def _from_run(path: Path) -> tuple[str, str, Any]:
         raise UserError(f"{path} cannot be read as TOML: {error}") from None
     run, model = _table(tables, "run", path), _table(tables, "model", path)
     paper_id = str(run.get("paper") or tables.get("paper") or "mixtral")
-    kind = get_text_paper(paper_id).Settings
+    kind = get_trained_paper(paper_id).Settings
     fields = [field.name for field in dataclasses.fields(kind)]
     for key in model:
         if key not in fields:

@@ -62,7 +62,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def capture_routing(model: nn.Module, tokens: Any) -> dict[str, Captured]:
     """Return each router's choices on `tokens` [B, S], in row-major order (T = B * S), by router name.
 
-    The model is called once as `model(tokens, capture=True)`, in evaluation mode and without gradient.
+    The model is called once as `model(tokens, capture=True)`, in evaluation mode and without gradient; of an
+    encoder-decoder that is its encoder, which reads the text whole.
     Raises: UserError when the model has no router or does not record the choices.
     """
     import torch
@@ -70,7 +71,7 @@ def capture_routing(model: nn.Module, tokens: Any) -> dict[str, Captured]:
     device = next(model.parameters()).device
     ids = torch.as_tensor(tokens, dtype=torch.int64, device=device)
     with evaluating(model):
-        stats = model(ids, capture=True).stats
+        stats = getattr(model, "encode", model)(ids, capture=True).stats
     found: dict[str, Captured] = {}
     for name, record in stats.items():
         if record.experts is None or record.combine_weights is None or record.scores is None:

@@ -3,5 +3,15 @@
 from gatewright.objectives.likelihood import CaseLikelihood
 from gatewright.objectives.mixture import CaseError
 from gatewright.objectives.next_token import Loss, NextToken, check_weights
+from gatewright.objectives.spans import Pair, SpanCorruption, Spans
 
-__all__ = ["CaseError", "CaseLikelihood", "Loss", "NextToken", "check_weights"]
+__all__ = [
+    "CaseError",
+    "CaseLikelihood",
+    "Loss",
+    "NextToken",
+    "Pair",
+    "SpanCorruption",
+    "Spans",
+    "check_weights",
+]

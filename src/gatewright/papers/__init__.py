@@ -5,10 +5,12 @@ from gatewright.papers.registry import (
     all_papers,
     get_paper,
     get_text_paper,
+    get_trained_paper,
     paper_info,
     published,
     published_names,
     text_papers,
+    trained_papers,
     wired_papers,
 )
 
@@ -17,9 +19,11 @@ __all__ = [
     "all_papers",
     "get_paper",
     "get_text_paper",
+    "get_trained_paper",
     "paper_info",
     "published",
     "published_names",
     "text_papers",
+    "trained_papers",
     "wired_papers",
 ]

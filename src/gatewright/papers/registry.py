@@ -12,14 +12,15 @@ from types import ModuleType
 from typing import Any, Literal
 
 from gatewright.errors import UserError, did_you_mean
-from gatewright.papers.authors import DEEPSEEK_V2, DEEPSEEK_V3, GLAM, MIXTRAL, OLMOE
+from gatewright.papers import authors
 
 
 @dataclass(frozen=True)
 class PaperInfo:
     """One milestone. `status`: "wired" has a paper file that builds and trains, "planned" only its page.
 
-    `trains_on`: "text" goes with every command; "cases" with the paper's own reproductions.
+    `trains_on`: "text" goes with every command; "spans", an encoder-decoder, with `train`, `eval` and `plan`;
+    "cases" with the paper's own reproductions.
     """
 
     id: str
@@ -29,7 +30,7 @@ class PaperInfo:
     venue: str
     added: str
     status: Literal["wired", "planned"] = "planned"
-    trains_on: Literal["text", "cases"] = "text"
+    trains_on: Literal["text", "spans", "cases"] = "text"
 
     @property
     def page(self) -> str:
@@ -88,15 +89,13 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "gshard",
         2020,
-        _names(
-            "Dmitry Lepikhin, HyoukJoong Lee, Yuanzhong Xu, Dehao Chen, Orhan Firat, Yanping Huang, Maxim"
-            " Krikun, "
-            "Noam Shazeer, Zhifeng Chen"
-        ),
+        _names(authors.GSHARD),
         "GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding",
         "ICLR 2021, arXiv 2006.16668",
         "Experts inside the Transformer and spread over devices: top-2 gating with capacity, groups "
         "and a random second choice.",
+        "wired",
+        "spans",
     ),
     PaperInfo(
         "switch",
@@ -111,7 +110,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "glam",
         2021,
-        _names(GLAM),
+        _names(authors.GLAM),
         "GLaM: Efficient Scaling of Language Models with Mixture-of-Experts",
         "ICML 2022, arXiv 2112.06905",
         "A sparse decoder-only language model of 1.2 trillion parameters, measured zero- to few-shot "
@@ -120,11 +119,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "vmoe",
         2021,
-        _names(
-            "Carlos Riquelme, Joan Puigcerver, Basil Mustafa, Maxim Neumann, Rodolphe Jenatton, André "
-            "Susano Pinto, "
-            "Daniel Keysers, Neil Houlsby"
-        ),
+        _names(authors.VMOE),
         "Scaling Vision with Sparse Mixture of Experts",
         "NeurIPS 2021, arXiv 2106.05974",
         "Sparse experts in the Vision Transformer, and batch priority: the surest tokens take the "
@@ -133,10 +128,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "st_moe",
         2022,
-        _names(
-            "Barret Zoph, Irwan Bello, Sameer Kumar, Nan Du, Yanping Huang, Jeff Dean, Noam Shazeer, "
-            "William Fedus"
-        ),
+        _names(authors.ST_MOE),
         "ST-MoE: Designing Stable and Transferable Sparse Expert Models",
         "arXiv 2202.08906",
         "The router z-loss, which steadies training, and a study of how sparse models fine-tune.",
@@ -144,11 +136,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "expert_choice",
         2022,
-        _names(
-            "Yanqi Zhou, Tao Lei, Hanxiao Liu, Nan Du, Yanping Huang, Vincent Zhao, Andrew Dai, Zhifeng "
-            "Chen, "
-            "Quoc Le, James Laudon"
-        ),
+        _names(authors.EXPERT_CHOICE),
         "Mixture-of-Experts with Expert Choice Routing",
         "NeurIPS 2022, arXiv 2202.09368",
         "Experts choose their tokens: load is even by construction and tokens get different numbers "
@@ -157,7 +145,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "mixtral",
         2024,
-        _names(MIXTRAL),
+        _names(authors.MIXTRAL),
         "Mixtral of Experts",
         "arXiv 2401.04088",
         "Open weights of a dropless decoder with experts in every layer, two of eight per token, "
@@ -167,12 +155,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "deepseek_moe",
         2024,
-        _names(
-            "Damai Dai, Chengqi Deng, Chenggang Zhao, R. X. Xu, Huazuo Gao, Deli Chen, Jiashi Li, "
-            "Wangding Zeng, "
-            "Xingkai Yu, Y. Wu, Zhenda Xie, Y. K. Li, Panpan Huang, Fuli Luo, Chong Ruan, Zhifang Sui, "
-            "Wenfeng Liang"
-        ),
+        _names(authors.DEEPSEEK_MOE),
         "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models",
         "ACL 2024, arXiv 2401.06066",
         "Many narrow experts instead of few wide ones, and shared experts that every token passes.",
@@ -181,7 +164,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "deepseek_v2",
         2024,
-        _names(DEEPSEEK_V2),
+        _names(authors.DEEPSEEK_V2),
         "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",
         "arXiv 2405.04434",
         "Device-limited routing and balance of devices and communication, with a compressed key-value"
@@ -191,7 +174,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "deepseek_v3",
         2024,
-        _names(DEEPSEEK_V3),
+        _names(authors.DEEPSEEK_V3),
         "DeepSeek-V3 Technical Report",
         "arXiv 2412.19437",
         "Balance without a loss: a bias per expert that only selects, over sigmoid scores and limited"
@@ -201,7 +184,7 @@ _LINEAGE: tuple[PaperInfo, ...] = (
     PaperInfo(
         "olmoe",
         2024,
-        _names(OLMOE),
+        _names(authors.OLMOE),
         "OLMoE: Open Mixture-of-Experts Language Models",
         "ICLR 2025, arXiv 2409.02060",
         "Weights, data, code and logs all open: 64 small experts with 8 active, ablations of each "
@@ -212,6 +195,10 @@ _LINEAGE: tuple[PaperInfo, ...] = (
 
 # Released models beside the lineage, made of the same parts, each in a file of a paper's form.
 MODELS = ("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4")
+
+
+# Further files of a paper: another form of its model. The form's id, and the paper's.
+FORMS = {"switch_t5": "switch"}
 
 
 def all_papers() -> tuple[PaperInfo, ...]:
@@ -225,8 +212,14 @@ def wired_papers() -> tuple[str, ...]:
 
 
 def text_papers() -> tuple[str, ...]:
-    """Return the wired ids whose models read text, and MODELS: what `train`, `race` and `plan` take."""
+    """Return the wired ids whose models are decoders of text, and MODELS: what every command takes."""
     return (*(p.id for p in _LINEAGE if p.status == "wired" and p.trains_on == "text"), *MODELS)
+
+
+def trained_papers() -> tuple[str, ...]:
+    """Return the ids that `train`, `eval` and `plan` take: the decoders, then the encoder-decoders."""
+    spans = tuple(p.id for p in _LINEAGE if p.status == "wired" and p.trains_on == "spans")
+    return (*text_papers(), *spans, *FORMS)
 
 
 def paper_info(paper_id: str) -> PaperInfo:
@@ -247,7 +240,7 @@ def get_paper(paper_id: str) -> ModuleType:
 
     Raises: UserError for an unknown id, and for a paper that is planned but not wired yet.
     """
-    info = None if paper_id in MODELS else paper_info(paper_id)
+    info = None if paper_id in MODELS else paper_info(FORMS.get(paper_id, paper_id))
     if info is not None and info.status == "planned":
         raise UserError(
             f"paper {paper_id!r} is planned and cannot be built yet; allowed: {', '.join(wired_papers())}; "
@@ -257,11 +250,21 @@ def get_paper(paper_id: str) -> ModuleType:
 
 
 def get_text_paper(paper_id: str) -> ModuleType:
+    """Return the paper file of a decoder. Raises: UserError for every other paper."""
+    if paper_id in trained_papers() and paper_id not in text_papers():
+        raise UserError(
+            f"paper {paper_id!r} is an encoder-decoder, for `train`, `eval` and `plan`; allowed here: "
+            f"{', '.join(text_papers())}"
+        )
+    return get_trained_paper(paper_id)
+
+
+def get_trained_paper(paper_id: str) -> ModuleType:
     """Return the paper file as `get_paper` does. Raises: UserError also for a paper of no language model."""
     paper = get_paper(paper_id)
-    if paper_id not in text_papers():
+    if paper_id not in trained_papers():
         raise UserError(
-            f"paper {paper_id!r} does not train on text; allowed: {', '.join(text_papers())}; its own "
+            f"paper {paper_id!r} does not train on text; allowed: {', '.join(trained_papers())}; its own "
             "experiments are those of `gatewright reproduce`"
         )
     return paper
@@ -271,7 +274,7 @@ def get_text_paper(paper_id: str) -> ModuleType:
 def _all_published() -> dict[str, tuple[str, Any]]:
     return {
         name: (paper_id, settings)
-        for paper_id in text_papers()
+        for paper_id in trained_papers()
         for name, settings in get_paper(paper_id).PUBLISHED.items()
     }
 

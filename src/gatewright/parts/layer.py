@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -33,8 +35,9 @@ class MoELayer(nn.Module):
     Args: `router` is a name of `gatewright routers`, a Router with a rule, or None: token choice by softmax
     with `weights` as its form. `capacity_factor` f gives C = ceil(f K T / E) over each routing group,
     `capacity` says more (`Capacity`); both None is the router's own, which is mostly dropless. `group_size`:
-    tokens per routing group, None is all of the call. `router_dtype` is what the router computes in (for a
-    Router that is given, its own holds); `num_shared_experts` n makes the shared MLP n * expert_width wide;
+    tokens per routing group, "sequence" for each text of x, None for all of the call. `router_dtype` is what
+    the router computes in (for a Router that is given, its own holds); `num_shared_experts` n makes the
+    shared MLP n * expert_width wide;
     `experts` and `shared` replace the modules built here, which take `expert_bias`, `expert_dropout` and
     `init_scale` (see `Experts`); `backend` as `kernels.choose_backend`.
     Equation: Switch Transformer eq 2 ("raw"), Mixtral section 2.1 ("renormalised", the default).
@@ -56,7 +59,7 @@ class MoELayer(nn.Module):
         backend: str | None = None,
         router: str | Router | None = None,
         capacity: Capacity | None = None,
-        group_size: int | None = None,
+        group_size: int | Literal["sequence"] | None = None,
         experts: nn.Module | None = None,
         shared: nn.Module | None = None,
         expert_bias: bool = False,
@@ -70,7 +73,8 @@ class MoELayer(nn.Module):
                 "allowed: widths of 1 or "
                 "more, shared experts of 0 or more"
             )
-        check_group_size(group_size)
+        if group_size != "sequence":
+            check_group_size(group_size)
         choose_backend(backend)
         if router is None:
             check_selection(num_experts, num_selected, weights)
@@ -158,8 +162,8 @@ class MoELayer(nn.Module):
             flat = torch.where(flat_mask.unsqueeze(-1), flat, 0)
         ids = None if token_ids is None else token_ids.reshape(-1)
         sequence = x.shape[-2] if x.dim() > 2 else None
-        size = self.group_size or sequence
-        return flat, RoutingCall(flat_mask, self.training, key, ids, self.group_size, size)
+        group = sequence or None if self.group_size == "sequence" else self.group_size
+        return flat, RoutingCall(flat_mask, self.training, key, ids, group, group or sequence)
 
     def _plan(self, routed: Routed, call: RoutingCall) -> tuple[Assignment, DispatchPlan]:
         """Return where the choices are sent, and the plan of it; dropless unless there is a capacity."""
@@ -167,13 +171,13 @@ class MoELayer(nn.Module):
         capacity, sent, kept = self.capacity, routed.assignment, None
         if capacity is None or capacity.factor_in(self.training) is None:
             return sent, make_plan(sent, static=static)
-        limit, most = self._limit(capacity, sent.num_tokens, call.mask)
+        limit, most = self._limit(capacity, sent.num_tokens, call)
         if capacity.reroute:
-            sent, kept = reroute(routed, limit, self.group_size, capacity.order)
+            sent, kept = reroute(routed, limit, call.group_size, capacity.order)
         plan = make_plan(
             sent,
             limit,
-            group_size=self.group_size,
+            group_size=call.group_size,
             order=capacity.order,
             static=static,
             kept=kept,
@@ -181,13 +185,14 @@ class MoELayer(nn.Module):
         )
         return sent, plan
 
-    def _limit(self, capacity: Capacity, num_tokens: int, mask: Tensor | None) -> tuple[int | Tensor, int]:
+    def _limit(self, capacity: Capacity, num_tokens: int, call: RoutingCall) -> tuple[int | Tensor, int]:
         """Return the places of each expert, one number or one per routing group, and the most of any."""
-        size = num_tokens if self.group_size is None else min(self.group_size, num_tokens)
+        mask, group_size = call.mask, call.group_size
+        size = num_tokens if group_size is None else min(group_size, num_tokens)
         most = capacity.places(self.num_selected, size, self.num_experts, self.training)
         if mask is None and (size == 0 or num_tokens % size == 0):
             return most, most
-        tokens = tokens_of_groups(mask, num_tokens, self.group_size, self.router.weight.device)
+        tokens = tokens_of_groups(mask, num_tokens, group_size, self.router.weight.device)
         return capacity.places_of_groups(self.num_selected, tokens, self.num_experts, self.training), most
 
 

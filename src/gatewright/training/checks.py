@@ -7,13 +7,13 @@ import torch
 from gatewright.backbones import on_no_memory
 from gatewright.data import Corpus
 from gatewright.errors import UserError
-from gatewright.papers.registry import get_text_paper
+from gatewright.papers.registry import get_trained_paper
 from gatewright.training.run import TrainRun, require_finite
 
 
 def check_settings(run: TrainRun) -> None:
     """Raise UserError for settings that no text can make work; needs no memory and no corpus."""
-    paper = get_text_paper(run.paper)
+    paper = get_trained_paper(run.paper)
     settings = paper.Settings() if run.model is None else run.model
     require_finite(settings)
     resolve_device(run.device)
@@ -25,7 +25,7 @@ def check_settings(run: TrainRun) -> None:
 
 def check_text(run: TrainRun, corpus: Corpus) -> None:
     """Raise UserError if the corpus is too small for one sequence of the run."""
-    context = (get_text_paper(run.paper).Settings() if run.model is None else run.model).context
+    context = (get_trained_paper(run.paper).Settings() if run.model is None else run.model).context
     corpus.stream(1, context, fraction=run.data_fraction)
 
 

@@ -10,10 +10,12 @@ import torch
 
 from gatewright.data import open_corpus
 from gatewright.errors import UserError
-from gatewright.evaluation import bits_per_byte, take_bytes
+from gatewright.evaluation import take_bytes
+from gatewright.papers.registry import get_paper
 from gatewright.training.load import load_run
 from gatewright.training.precision import autocast
 from gatewright.training.runlog import Progress
+from gatewright.training.tasks import bits_of
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,9 @@ def evaluate_run(out: str | Path, options: EvalRun | None = None) -> EvalResult:
         lengths = corpus.tokenizer.byte_lengths
         texts = {d: take_bytes(corpus.valid(d).tokens, lengths, share) for d in corpus.domains}
         device = torch.device(options.device)
-        bits = bits_per_byte(
+        bits = bits_of(
             loaded.model,
+            get_paper(run.paper).objective(loaded.settings),
             texts,
             lengths,
             context=loaded.settings.context,

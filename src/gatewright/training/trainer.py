@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatewright.backbones import Cost, LanguageModel, count_cost
+from gatewright.backbones import Cost, EncoderDecoder, LanguageModel, count_cost
 from gatewright.data import Corpus
 from gatewright.errors import Diverged, UserError
-from gatewright.evaluation import Bits, bits_per_byte, take_bytes
-from gatewright.papers.registry import get_text_paper
+from gatewright.evaluation import Bits, take_bytes
+from gatewright.papers.registry import get_trained_paper
 from gatewright.parts import Stats
 from gatewright.parts.draws import fold
 from gatewright.parts.running import RunningCounts
@@ -28,6 +28,7 @@ from gatewright.training.precision import autocast, set_router_dtype
 from gatewright.training.run import TrainRun
 from gatewright.training.schedule import rate_factor
 from gatewright.training.state import first_nonfinite, saved_buffers, update_rules
+from gatewright.training.tasks import ask, bits_of
 from gatewright.training.workload import tokens_per_expert
 
 
@@ -37,14 +38,14 @@ class Trainer:
     def __init__(self, run: TrainRun, corpus: Corpus, name: str = "model") -> None:
         self.run, self.corpus, self.name = run, corpus, name
         self.device = resolve_device(run.device)
-        paper = get_text_paper(run.paper)
+        paper = get_trained_paper(run.paper)
         settings = paper.Settings() if run.model is None else run.model
         self.settings = dataclasses.replace(settings, vocab_size=corpus.tokenizer.vocab_size)
         self.context: int = self.settings.context
         self.micro_size = micro_batch_size(run, self.context)
         torch.manual_seed(run.seed)
         self.model: nn.Module = paper.build(self.settings).to(self.device)
-        if isinstance(self.model, LanguageModel):
+        if isinstance(self.model, LanguageModel | EncoderDecoder):
             self.model.recompute = run.recompute == "blocks"
         set_router_dtype(self.model, run.router_dtype)
         self.objective = dataclasses.replace(paper.objective(self.settings), scope=run.balance_scope)
@@ -54,14 +55,15 @@ class Trainer:
         rows = self.micro_size * run.accumulation
         self.stream = corpus.stream(rows, self.context, seed=run.data_seed, fraction=run.data_fraction)
         self.step_tokens = rows * self.context
-        self.tokens_per_expert = tokens_per_expert(self.model, self.step_tokens)
+        self.tokens_per_expert = tokens_per_expert(self.model, self.step_tokens, rows)
         self.total_steps = max(1, round(run.tokens / self.step_tokens))
         self.step, self.seconds = 0, 0.0
         self.history = History()
         self._names = {p: n for n, p in self.model.named_parameters()}
         # What rules learn from loads (selection biases, penalties) is state like any weight.
         self._state = {**dict(self.model.named_parameters()), **dict(saved_buffers(self.model))}
-        self._routers = self.model.routers() if isinstance(self.model, LanguageModel) else {}
+        routed = isinstance(self.model, LanguageModel | EncoderDecoder)
+        self._routers = self.model.routers() if routed else {}
         self.validation_text = self._validation_text()
 
     @property
@@ -136,8 +138,8 @@ class Trainer:
             # Noise and coins follow from seed, step and micro-batch: a resumed run repeats them.
             key = fold(root, self.step, place)
             with autocast(self.run.precision, self.device):
-                output = self.model(micro[:, :-1], key=key)
-                parts = self.objective(output, micro[:, 1:], **self._counts(running, output.stats))
+                output, targets = ask(self.model, self.objective, micro, key)
+                parts = self.objective(output, targets, **self._counts(running, output.stats))
             (parts.total / self.run.accumulation).backward()
             loss += parts.task.detach() / self.run.accumulation
             for router, record in output.stats.items():
@@ -180,8 +182,9 @@ class Trainer:
         averaged = self.average if self.progress < 1 else None
         if averaged is not None:
             averaged.swap()
-        bits = bits_per_byte(
+        bits = bits_of(
             self.model,
+            self.objective,
             self.validation_text,
             self.corpus.tokenizer.byte_lengths,
             context=self.context,

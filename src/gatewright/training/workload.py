@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
+from gatewright.backbones import EncoderDecoder
 from gatewright.parts import MoELayer
 
 FEW_TOKENS = 256
 
 
-def tokens_per_expert(model: nn.Module, step_tokens: float) -> float | None:
+def tokens_per_expert(model: nn.Module, step_tokens: float, texts: int = 1) -> float | None:
     """Return r = T K / E of an optimizer step of T tokens, the least of all layers; None for a dense model.
 
-    Experts that are mixtures themselves share the tokens of their own expert.
+    Experts that are mixtures themselves share the tokens of their own expert. The stacks of an encoder-
+    decoder meet `texts` sources and as many targets, of their own lengths.
     """
-    found = _rates(model, step_tokens)
+    if isinstance(model, EncoderDecoder):
+        stacks = ((model.encoder, model.context), (model.decoder, model.target_context))
+        found = [rate for stack, length in stacks for rate in _rates(stack, texts * length)]
+    else:
+        found = _rates(model, step_tokens)
     return min(found) if found else None
 
 
