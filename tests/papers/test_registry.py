@@ -34,7 +34,7 @@ NUM_AUTHORS = [4, 2, 3, 7, 9, 3, 27, 8, 8, 10, 26, 17, 156, 200, 24]
 def test_the_lineage_is_complete_and_in_order():
     assert [(paper.id, paper.year) for paper in all_papers()] == LINEAGE
     assert [len(paper.authors) for paper in all_papers()] == NUM_AUTHORS
-    assert wired_papers() == ("local_experts", "switch", "mixtral", "olmoe")
+    assert wired_papers() == ("local_experts", "deep_moe", "switch", "mixtral", "olmoe")
     assert text_papers() == ("switch", "mixtral", "olmoe")
 
 
@@ -92,7 +92,7 @@ def test_published_sizes_are_found_by_name():
     ("call", "name", "message"),
     [
         (get_paper, "mixtrel", "did you mean 'mixtral'"),
-        (get_paper, "gshard", "planned and cannot be built yet; allowed: local_experts, switch, mixtral"),
+        (get_paper, "gshard", "planned and cannot be built yet; allowed: local_experts, deep_moe, switch"),
         (get_text_paper, "local_experts", "does not train on text; allowed: switch, mixtral, olmoe; its own"),
         (get_text_paper, "gshard", "planned and cannot be built yet"),
         (paper_info, "deepseek-v3", "did you mean 'deepseek_v3'"),

@@ -4,6 +4,7 @@ from gatewright.backbones import initialise
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
 from gatewright.backbones.cases import HiddenLayer, Mixture, MixtureOutput
 from gatewright.backbones.cost import Cost, count_cost, on_no_memory
+from gatewright.backbones.deep_mixture import DeepMixture, DeepOutput
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.pattern import moe_pattern, per_layer
 from gatewright.backbones.transformer import Block, Decoder, DecoderOutput, KVCache
@@ -14,6 +15,8 @@ __all__ = [
     "Cost",
     "Decoder",
     "DecoderOutput",
+    "DeepMixture",
+    "DeepOutput",
     "HiddenLayer",
     "KVCache",
     "LayerCache",
