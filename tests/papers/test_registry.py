@@ -37,7 +37,7 @@ def test_the_lineage_is_complete_and_in_order():
     assert [(paper.id, paper.year) for paper in all_papers()] == LINEAGE
     assert [len(paper.authors) for paper in all_papers()] == NUM_AUTHORS
     deepseek = ("deepseek_moe", "deepseek_v2", "deepseek_v3")
-    classics = ("local_experts", "hme", "sparsely_gated")
+    classics = ("local_experts", "hme", "deep_moe", "sparsely_gated")
     assert wired_papers() == (*classics, "gshard", "switch", "mixtral", *deepseek, "olmoe")
     models = ("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4")
     assert text_papers() == ("sparsely_gated", "switch", "mixtral", *deepseek, "olmoe", *models)
@@ -101,7 +101,7 @@ def test_published_sizes_are_found_by_name():
         (
             get_paper,
             "glam",
-            "planned and cannot be built yet; allowed: local_experts, hme, sparsely_gated, gshard",
+            "planned and cannot be built yet; allowed: local_experts, hme, deep_moe, sparsely_gated",
         ),
         (
             get_text_paper,

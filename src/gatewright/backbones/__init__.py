@@ -7,6 +7,7 @@ from gatewright.backbones.attention import Attention, LayerCache, RotaryPosition
 from gatewright.backbones.cases import HiddenLayer, Mixture, MixtureOutput
 from gatewright.backbones.cost import Cost, count_cost, on_no_memory
 from gatewright.backbones.deep import DeepMLP, dense_layer
+from gatewright.backbones.deep_mixture import DeepMixture, DeepOutput
 from gatewright.backbones.encoder_decoder import EncoderDecoder, PairCache
 from gatewright.backbones.future import FutureToken
 from gatewright.backbones.latent import LatentAttention, LatentSizes
@@ -25,6 +26,8 @@ __all__ = [
     "Decoder",
     "DecoderOutput",
     "DeepMLP",
+    "DeepMixture",
+    "DeepOutput",
     "EncoderDecoder",
     "ExpertTree",
     "FutureToken",

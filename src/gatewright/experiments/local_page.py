@@ -55,7 +55,8 @@ def _cpu_seconds(record: Record) -> float:
     return sum(batch["cpu_seconds"] for batch in batches if batch is not None)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table; the first column is text, the others are numbers."""
     return [
         "| " + " | ".join(head) + " |",
         "|---" + "|--:" * (len(head) - 1) + "|",
@@ -87,7 +88,7 @@ def _systems(reading: Record, paper: Record) -> list[str]:
             ]
         )
     head = ["system, ours (paper's)", "train %", "test %", "epochs", "SD", "step size", "runs that end"]
-    return _table([*head, "experts left"], rows)
+    return table([*head, "experts left"], rows)
 
 
 def _left(survivors: Sequence[int]) -> str:
@@ -110,7 +111,7 @@ def _tests(tests: Sequence[Record]) -> list[str]:
             says = "yes" if test["p"] < 0.05 else "the reverse" if test["p"] > 0.95 else "no difference seen"
             ours = [f"{test['t']:.1f} ({test['degrees']})", p, says]
         rows.append([f"{test['fewer']} before {test['more']}", *ours, f"yes, at {test['paper']:g}"])
-    return _table(["fewer epochs", "t (degrees)", "p, one-sided", "here", "paper"], rows)
+    return table(["fewer epochs", "t (degrees)", "p, one-sided", "here", "paper"], rows)
 
 
 def _searches(systems: Record, plan: Record) -> list[str]:
@@ -124,13 +125,13 @@ def _searches(systems: Record, plan: Record) -> list[str]:
         f"Mean and SD of the epochs by step size, {plan['search_seeds']} starts, at most "
         f"{plan['search_limit']} epochs:",
         "",
-        *_table(["step size", *(f"{rate:g}" for rate in rates)], rows),
+        *table(["step size", *(f"{rate:g}" for rate in rates)], rows),
     ]
     inits = list(dict.fromkeys(init for own in systems.values() for init in own["inits"]))
     if inits:
         rows = [[size, *(_mean_of(own["inits"].get(i)) for i in inits)] for size, own in systems.items()]
         lines += ["", "The same by the bound of the first weights, at the step sizes above:", ""]
-        lines += _table(["bound", *inits], rows)
+        lines += table(["bound", *inits], rows)
     return lines
 
 

@@ -14,6 +14,11 @@ from typing import Any
 from gatewright.errors import UserError, did_you_mean
 from gatewright.experiments.balance import CLAIM as BALANCE_CLAIM
 from gatewright.experiments.balance import run_balance
+from gatewright.experiments.deep_figures import COLLAPSE, FACTORED, run_collapse, run_figure2
+from gatewright.experiments.deep_table1 import CLAIM as DEEP1_CLAIM
+from gatewright.experiments.deep_table1 import run_table1 as run_deep1
+from gatewright.experiments.deep_table2 import CLAIM as DEEP2_CLAIM
+from gatewright.experiments.deep_table2 import run_table2
 from gatewright.experiments.gated_tables import GATED
 from gatewright.experiments.hme_table1 import CLAIM as HME_CLAIM
 from gatewright.experiments.hme_table1 import run_hme_table1
@@ -90,7 +95,10 @@ TARGETS: dict[str, Target] = {
     "hme/table1": Target("hme/table1", HME_CLAIM, run_hme_table1),
     "local_experts/ensemble": Target("local_experts/ensemble", ENSEMBLE_CLAIM, run_ensemble),
     "local_experts/interference": Target("local_experts/interference", INTERFERENCE_CLAIM, run_interference),
-    **{name: Target(name, claim, run) for name, (claim, run) in FIGURES.items()},
+    "deep_moe/table1": Target("deep_moe/table1", DEEP1_CLAIM, run_deep1),
+    "deep_moe/figure2": Target("deep_moe/figure2", FACTORED, run_figure2),
+    "deep_moe/collapse": Target("deep_moe/collapse", COLLAPSE, run_collapse),
+    "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
     **{name: Target(name, claim, run) for name, (claim, run) in {**FIGURES, **GATED}.items()},
 }
 

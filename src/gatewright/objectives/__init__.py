@@ -1,5 +1,6 @@
 """What a model is trained towards: a task loss plus the named losses over its routers' Stats."""
 
+from gatewright.objectives.classes import ClassLoss
 from gatewright.objectives.likelihood import CaseLikelihood
 from gatewright.objectives.mixture import CaseError
 from gatewright.objectives.next_token import Loss, NextToken, check_weights
@@ -8,6 +9,7 @@ from gatewright.objectives.spans import Pair, SpanCorruption, Spans
 __all__ = [
     "CaseError",
     "CaseLikelihood",
+    "ClassLoss",
     "Loss",
     "NextToken",
     "Pair",

@@ -72,6 +72,8 @@ _LINEAGE: tuple[PaperInfo, ...] = (
         "ICLR 2014 workshop, arXiv 1312.4314",
         "Mixtures stacked as layers of one network, and a rule that keeps experts equally used early "
         "in training.",
+        "wired",
+        "cases",
     ),
     PaperInfo(
         "sparsely_gated",

@@ -8,6 +8,7 @@ from gatewright.parts.device_losses import communication_loss, device_loss
 from gatewright.parts.dispatch import count_assignments, make_plan
 from gatewright.parts.experts import MLP, Experts
 from gatewright.parts.free_experts import FreeExperts
+from gatewright.parts.hidden_gate import HiddenGate
 from gatewright.parts.int8_experts import Int8Experts
 from gatewright.parts.layer import MoELayer
 from gatewright.parts.linear_experts import LinearExperts
@@ -15,6 +16,7 @@ from gatewright.parts.losses import LOSSES
 from gatewright.parts.nested_experts import ModuleExperts
 from gatewright.parts.noise import InputJitter, LogitNoise, SoftplusNoise, load_estimate
 from gatewright.parts.quantise import quantise_experts
+from gatewright.parts.restraint import Restrained, restrain
 from gatewright.parts.router import Noise, Routed, Router
 from gatewright.parts.routing import (
     WEIGHT_FORMS,
@@ -55,6 +57,7 @@ __all__ = [
     "Experts",
     "FreeExperts",
     "GatedShared",
+    "HiddenGate",
     "InputJitter",
     "Int8Experts",
     "LinearExperts",
@@ -62,6 +65,7 @@ __all__ = [
     "MoELayer",
     "ModuleExperts",
     "Noise",
+    "Restrained",
     "Routed",
     "Router",
     "RouterInfo",
@@ -94,6 +98,7 @@ __all__ = [
     "make_plan",
     "quantise_experts",
     "register",
+    "restrain",
     "router_info",
     "select_top",
     "softmax_scores",

@@ -1,4 +1,4 @@
-"""Experts of one linear map and a squashing function each: what the mixture of 1991 decides with."""
+"""Experts of one linear map and a squashing function each: those of the mixtures of 1991 and 2013."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 from gatewright.errors import UserError, did_you_mean
 
-SQUASHES = ("logistic", "softmax", "linear")
-"""Of an expert's outputs: each by itself into 0..1, together into a distribution, or as they are."""
+SQUASHES = ("logistic", "softmax", "linear", "relu")
+"""Of an expert's outputs: each by itself into 0..1, together into a distribution, as they are, cut at 0."""
 
 
 def squash(name: str, h: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows C"]:
-    """Return the outputs of C sums: "logistic", "softmax" (over the last axis) or "linear"."""
-    if name == "linear":
-        return h
+    """Return the outputs of C sums: "logistic", "softmax" (over the last axis), "linear" or
+    "relu".
+    """
+    if name in ("linear", "relu"):
+        return torch.relu(h) if name == "relu" else h
     return torch.sigmoid(h) if name == "logistic" else torch.softmax(h, dim=-1)
 
 

@@ -17,7 +17,7 @@ class Dense(TokenChoice):
 
     Equation: y = sum_e p_e(x) FFN_e(x), p = softmax(W_r x) (Jacobs et al. 1991). Every expert gets a gradient
     from every token, so no balance loss is needed to keep experts alive.
-    Differs: the gates of Eigen et al. 2013 have a hidden layer.
+    Differs: the gates of Eigen et al. 2013 see a hidden layer of the input (`parts/hidden_gate.py`).
     """
 
     def __init__(self, num_experts: int) -> None:
