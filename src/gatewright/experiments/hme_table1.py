@@ -40,7 +40,7 @@ PAPER: dict[str, tuple[float, int | None]] = {
 }
 CLAIM = (
     "the tree fitted by exact EM has at most 0.8 of the linear map's error and less than CART's in every "
-    "seed, and either form of EM comes within 5 % of its least error in at most a tenth of the epochs of the net"
+    "seed, and either form of EM comes within 5 % of its least error in at most a tenth of the net's epochs"
 )
 
 
