@@ -16,7 +16,9 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 
 def draw_learning(systems: Mapping[str, Sequence[Curve]], axis: str, path: Path) -> None:
-    """Write a picture of every run of every system over epochs from 1, both axes logarithmic."""
+    """Write a picture of every run of every system over epochs from 1, on a logarithmic axis."""
+
+    from matplotlib.ticker import FuncFormatter
 
     def draw(theme: Theme) -> Figure:
         figure, axes = new_figure(3.6)
@@ -29,7 +31,9 @@ def draw_learning(systems: Mapping[str, Sequence[Curve]], axis: str, path: Path)
                 else:
                     axes.plot(epochs, errors, label=label, linewidth=1.1, alpha=0.85, color=colour)
         axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set_ylim(bottom=0)
+        # Plain numbers: the theme sets no formulas, which the usual labels of a logarithmic axis are.
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(axis="y")
         axes.set_xlabel("epochs: passes over the training cases")
         axes.set_ylabel(axis)
