@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gatewright.errors import Diverged
+
 # The ridge that keeps singular sums solvable, as a share of their mean diagonal: it moves no figure that is
 # shown.
 RIDGE = 1e-10
@@ -100,8 +102,9 @@ def _solve(square: Tensor, right: Tensor) -> Tensor:
     """Return the solution of a sum of squares that may be singular, held up by a small ridge."""
     diagonal = square.diagonal()
     ridge = RIDGE * float(diagonal.mean()) + torch.finfo(square.dtype).tiny
-    while True:
+    for _ in range(10):
         root, failed = torch.linalg.cholesky_ex(square + ridge * torch.eye(len(square), dtype=square.dtype))
         if int(failed) == 0:
             return torch.cholesky_solve(right, root)
         ridge *= 100.0
+    raise Diverged("a weighted fit met numbers that are not finite; look at the scale of the cases")
