@@ -133,7 +133,7 @@ def test_a_run_that_cannot_be(
     [
         (["mixtrall"], "mixtrall"),
         (["glam"], "glam"),
-        (["deepseek_v3"], "deepseek_v3"),
+        (["vmoe"], "vmoe"),
         (["mixtral", "olmoe"], "'olmoe' does not belong to a flag"),
         (["olmoe", "--num-kv-heads", "1"], "unknown flag --num-kv-heads"),
         (["switch", "--num-selected", "2"], "unknown flag --num-selected"),

@@ -19,7 +19,7 @@ from gatewright.experiments.gated import GatedPlan, Model, gate_columns, noisy_g
 from gatewright.experiments.gated_experts import ExpertsPlan
 from gatewright.experiments.gated_tables import TABLE6, TABLE7, verdict6, verdict7
 from gatewright.papers.sparsely_gated import Settings, build
-from scripts import figures
+from scripts import classic_figures
 from tests.training.runs import FixedText
 
 TINY: dict[str, Any] = {
@@ -199,7 +199,7 @@ def test_a_table_gives_record_page_and_picture(fixed: None, tmp_path: Path, tabl
     assert picture.read_bytes().startswith(b"\x89PNG")
     name = f"sparsely_gated-{table}{'-quick' if quick else ''}-rows.png"
     assert f"]({name})" in page
-    block = figures.gated_block(record, "x.json")
+    block = classic_figures.gated_block(record, "x.json")
     assert block.count("\n| ") >= 2
     if table == "table6":
         assert "39.8" in page

@@ -47,10 +47,9 @@ def work(argv: list[str], common: Common, stdout: TextIO) -> Outcome:
     model: Any = loaded.model
     start, reader, pieces = time.monotonic(), TextStream(loaded.tokenizer), [s.prompt]
     show = str if common.json else stdout.write
-    end = loaded.tokenizer.eot
     drawing = {key: getattr(s, key) for key in ("temperature", "top_p", "top_k", "seed", "ahead")}
-    ids = [end, *loaded.tokenizer.encode(s.prompt).tolist()]
-    drawn = stream(model, ids, max_new_tokens=s.max_new_tokens, stop=[end], **drawing)
+    ids = [loaded.tokenizer.eot, *loaded.tokenizer.encode(s.prompt).tolist()]
+    drawn = stream(model, ids, max_new_tokens=s.max_new_tokens, stop=ids[:1], **drawing)
     show(s.prompt)  # after stream has checked its arguments: a mistake prints its line and nothing else
     for token in drawn:
         pieces.append(reader.push(token))
