@@ -45,7 +45,7 @@ ZERO |= {"adam_eps", "clip", "ema", "threads", "balance_weight", "z_weight", "de
 ZERO |= {"communication_weight", "future_tokens", "future_weight", "num_shared_experts"}
 ZERO |= {"lstm_width", "dropout", "importance_weight", "load_weight"}
 # Not looked at while the layers are sparse.
-UNUSED = {"ffn_width"}
+UNUSED = {"ffn_width", "ffn_depth"}
 
 
 @pytest.mark.usefixtures("only_settings")
