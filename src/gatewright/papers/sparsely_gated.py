@@ -16,7 +16,7 @@ from torch import nn
 
 from gatewright.backbones import LSTMDecoder, dense_layer, initialise, moe_pattern, per_layer
 from gatewright.errors import UserError
-from gatewright.objectives import NextToken
+from gatewright.objectives import NextToken, check_weights
 from gatewright.parts import MoELayer, Router, build_router
 
 
@@ -104,6 +104,7 @@ def build(settings: Settings) -> nn.Module:
 
 def objective(settings: Settings) -> NextToken:
     """Return next-token prediction plus each mixture's losses (ours are means over mixtures)."""
+    check_weights(settings, "importance_weight", "load_weight")
     s, many = settings, sum(moe_pattern(settings.moe_layers, settings.num_layers))
     if s.gate == "balanced":
         return NextToken(losses={"threshold": many * s.importance_weight})
