@@ -14,6 +14,7 @@ import pytest
 from gatewright.experiments import (
     RaceRun,
     balance,
+    int8_bits,
     lab,
     local_ensemble,
     local_figures,
@@ -25,7 +26,7 @@ from gatewright.experiments.sweep import best_rate
 from gatewright.experiments.vowel_runs import best_rate as best_rate_of_runs
 
 ROOT = Path(__file__).resolve().parents[1] / "reproductions"
-RECORDED = sorted(p.stem for p in ROOT.glob("race-*.json") if not p.stem.endswith("-quick"))
+RECORDED = sorted(p.stem for p in ROOT.glob("race-*.json") if p.stem.replace("-", "/", 1) in PLANS)
 
 
 def read(name: str) -> Any:
@@ -157,4 +158,15 @@ def test_the_ensembles_are_recorded_and_their_verdict_follows() -> None:
     assert record["verdict"]["sentence"] in page
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     assert set(expected["local_experts"]["ensemble"]) == {"metric", "sign", "least_effect"}
+    assert not record["quick"]
+
+
+def test_experts_in_int8_are_recorded_and_their_verdict_follows() -> None:
+    record = read("race-int8")
+    assert [seed["seed"] for seed in record["seeds"]] == [0, 1, 2]
+    assert int8_bits.verdict(record) == record["verdict"]
+    page = (ROOT / "race-int8.md").read_text(encoding="utf-8")
+    assert int8_bits.int8_page(record) == page
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected["race"]["int8"]) == {"metric", "sign", "least_effect"}
     assert not record["quick"]
