@@ -14,6 +14,7 @@ import pytest
 from gatewright.experiments import (
     RaceRun,
     balance,
+    deep_figures,
     int8_bits,
     lab,
     local_ensemble,
@@ -169,4 +170,14 @@ def test_experts_in_int8_are_recorded_and_their_verdict_follows() -> None:
     assert int8_bits.int8_page(record) == page
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     assert set(expected["race"]["int8"]) == {"metric", "sign", "least_effect"}
+    assert not record["quick"]
+
+
+def test_figure_2_of_2013_is_recorded_and_its_verdict_follows() -> None:
+    record = read("deep_moe-figure2")
+    assert record["plan"] == json.loads(json.dumps(dataclasses.asdict(deep_figures.PLAN)))
+    assert deep_figures.figure2_verdict(record) == record["verdict"]
+    assert record["verdict"]["sentence"] in (ROOT / "deep_moe-figure2.md").read_text(encoding="utf-8")
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected["deep_moe"]["figure2"]) == {"metric", "sign", "least_effect"}
     assert not record["quick"]
