@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import tomllib
@@ -15,6 +16,7 @@ from gatewright.experiments import (
     RaceRun,
     balance,
     deep_figures,
+    hme_table1,
     int8_bits,
     lab,
     local_ensemble,
@@ -180,4 +182,21 @@ def test_figure_2_of_2013_is_recorded_and_its_verdict_follows() -> None:
     assert record["verdict"]["sentence"] in (ROOT / "deep_moe-figure2.md").read_text(encoding="utf-8")
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     assert set(expected["deep_moe"]["figure2"]) == {"metric", "sign", "least_effect"}
+
+
+def test_table_1_of_1994_is_recorded_and_its_verdict_follows() -> None:
+    record, plan = read("hme-table1"), hme_table1.PLAN
+    assert record["plan"] == json.loads(json.dumps(dataclasses.asdict(plan)))
+    assert set(record["systems"]) == set(hme_table1.PAPER)
+    for name, own in record["systems"].items():
+        alone = name in ("linear", "CART")
+        assert [run["seed"] for run in own["runs"]] == ([0] if alone else list(plan.seeds))
+        assert json.loads(json.dumps(hme_table1.summary(own["runs"]))) == own["summary"]
+    for run in record["systems"]["exact EM"]["runs"]:
+        told = run["log_likelihood"]
+        assert all(after >= before - 1e-9 * abs(before) for before, after in itertools.pairwise(told))
+    assert json.loads(json.dumps(hme_table1.verdict(record))) == record["verdict"]
+    assert record["verdict"]["sentence"] in (ROOT / "hme-table1.md").read_text(encoding="utf-8")
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected["hme"]["table1"]) == {"metric", "sign", "least_effect"}
     assert not record["quick"]
