@@ -13,7 +13,7 @@ from gatewright.errors import UserError
 from gatewright.kernels import native
 from gatewright.parts import MLP, Capacity, MoELayer, quantise_experts
 
-pytestmark = pytest.mark.skipif(not native.is_ready(), reason="needs the native kernels")
+pytestmark = pytest.mark.skipif(not native.is_ready(), reason=native.status().reason)
 D, V = 16, 23
 
 

@@ -142,3 +142,14 @@ def test_a_damaged_library_and_a_switch_are_reasons(fake: Path, monkeypatch: pyt
 def test_nothing_is_built_before_somebody_computes():
     code = "import sys, gatewright.parts, gatewright.kernels.native as n; assert n._known is None"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_where_there_is_a_compiler_the_sources_compile():
+    # Without the kernels their tests are skipped, which must not hide sources that do not compile.
+    if os.environ.get("GATEWRIGHT_NATIVE", "1") == "0":
+        pytest.skip("left out by name")
+    try:
+        room.compiler()
+    except BuildFailure as failure:
+        pytest.skip(str(failure))
+    assert native.status().ready, native.status().reason
