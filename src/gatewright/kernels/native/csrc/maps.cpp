@@ -144,8 +144,10 @@ void backward(const Maps& maps, const std::vector<at::Tensor>& gradients, const 
                  sums.as<float>() + part * maps.all + places[i], D, panel > first);
       }
       if constexpr (!std::is_same_v<X, float>) {
-        if (of_x)
-          for (int64_t j = 0; j < rows * D; ++j) data<X>(*of_x)[at * D + j] = narrow<X>(to_x[j]);
+        if (of_x) {
+          X* out = data<X>(*of_x) + at * D;  // not asked of the tensor for every number
+          for (int64_t j = 0; j < rows * D; ++j) out[j] = narrow<X>(to_x[j]);
+        }
       }
     }
     end_of_multiplying();
