@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gatewright.measuring.profile import profile_text
+
 
 def bench_block(record: Mapping[str, Any], source: str) -> str:
     """Return a speed grid: geometric means, goals, a line per row, what was left out, and where it was."""
@@ -39,6 +41,9 @@ def bench_block(record: Mapping[str, Any], source: str) -> str:
                 for side, taken in row["memory"].items()
             ]
             lines.append(f"- peak memory {row['name']} {row['dtype']}: {', '.join(shown)}")
+        if row.get("profile"):
+            told = profile_text(row["profile"])
+            lines.append(f"- profile {row['name']} {row['dtype']} {row['pass']}: {told}")
     place, how = record["environment"], record["settings"]
     lines += [
         "",

@@ -13,6 +13,7 @@ from gatewright.measuring.grid import DTYPES, Cell, Shape
 from gatewright.measuring.held import digest_of, held_rows, place_of, same_cell, settings_of
 from gatewright.measuring.memory import check_memory_can_be_measured, peak_memory
 from gatewright.measuring.pictures import draw_pictures
+from gatewright.measuring.profile import profile_layer, profile_text
 from gatewright.measuring.record import Row, row_record
 from gatewright.measuring.result import SCHEMA, BenchResult, memory_text
 from gatewright.measuring.rivals import IMPLEMENTATIONS, too_large, transformers_version
@@ -69,6 +70,10 @@ def bench_layer(run: BenchRun, say: Callable[[str], None] | None = None) -> Benc
             if run.memory and cell.kind == "forward-backward" and not row["memory"]:
                 row["memory"] = measure_memory(cell, run)
                 say(f"memory {' '.join(place_of(cell))}: {memory_text(row['memory'])}")
+                record = write()
+            if run.profile and not row.get("profile"):
+                row["profile"] = profile_layer(cell, run.backend)
+                say(f"profile {' '.join(place_of(cell))}: {profile_text(row['profile'])}")
                 record = write()
         pictures = draw_pictures(record["rows"], out)
     return BenchResult(record, (str(path), *map(str, pictures)))

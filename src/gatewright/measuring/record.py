@@ -48,6 +48,7 @@ def row_record(
         "roofline_fewest_seconds": roofline(cell.few) if cell.few else None,
         "left_out": dict(left_out),
         "memory": None,
+        "profile": None,
         "seconds": {name: list(values) for name, values in seconds.items()},
     }
 

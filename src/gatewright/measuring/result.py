@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatewright.errors import RunFailure
+from gatewright.measuring.profile import profile_text
 from gatewright.measuring.record import Row
 from gatewright.measuring.summary import counted
 
@@ -45,7 +46,7 @@ class BenchResult:
         """Return the machine, the table, what was left out, the means and the goals."""
         record = self.record
         lines = [*_place(record), "", COLUMNS, *map(table_row, record["rows"]), ""]
-        lines += [*_left_out(record["rows"]), *_memory(record["rows"])]
+        lines += [*_left_out(record["rows"]), *_memory_and_profile(record["rows"])]
         lines += ["geometric means", *map(mean_line, record["geometric_means"]), "", "goals"]
         lines += map(goal_line, record["goals"])
         return "\n".join([*lines, "", *self.files])
@@ -104,9 +105,14 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _memory(rows: Sequence[Row]) -> list[str]:
+def _memory_and_profile(rows: Sequence[Row]) -> list[str]:
     measured = [row for row in rows if row["memory"]]
     lines = [f"peak memory {row['name']} {row['dtype']}: {memory_text(row['memory'])}" for row in measured]
+    lines += [
+        f"profile {row['name']} {row['dtype']} {row['pass']}: {profile_text(row['profile'])}"
+        for row in rows
+        if row.get("profile")
+    ]
     return [*lines, ""] if lines else []
 
 

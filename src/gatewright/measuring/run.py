@@ -36,6 +36,8 @@ class BenchRun:
     """gradients are set to zero in place between calls, not given up"""
     memory: bool = False
     """measure each side's peak memory too, every side in a process of its own"""
+    profile: bool = False
+    """say where our layer's time goes too, part by part, by torch's profiler"""
     resume: bool = False
     """keep rows that the folder already holds from the same settings, machine and code"""
     out: str = "runs/bench"
