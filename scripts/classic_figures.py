@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gatewright.experiments.interference import text_table, vowel_table
+
 
 def table1_block(record: Mapping[str, Any], source: str) -> str:
     """Return table 1 of 1991 as a sentence, a row per reading and system, and where it was measured."""
@@ -92,8 +94,26 @@ def gated_block(record: Mapping[str, Any], source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def interference_block(record: Mapping[str, Any], source: str) -> str:
+    """Return what something new does to what is known, of vowels and of text, and where it was measured."""
+    place = record["environment"]
+    lines = [
+        f"The expectation {record['verdict']['sentence']}.",
+        "",
+        *vowel_table(record["vowels"]),
+        "",
+        *text_table(record["text"]["runs"]),
+        "",
+        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
+        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
+        f"taken from `reproductions/{source}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "table1": table1_block,
     "hme": hme_block,
     "gated": gated_block,
+    "interference": interference_block,
 }

@@ -96,7 +96,6 @@ def interference_page(record: Record) -> str:
     """Return the page: claim, verdict, every comparison of both halves."""
     where, plan, quick = record["environment"], record["plan"], record["quick"]
     vowels, text = plan["vowels"], plan["text"]
-    head = ["order", "step size", *SYSTEMS]
     lines = [
         "# Interference (1991): one net for everything, or a mixture",
         "",
@@ -116,9 +115,7 @@ def interference_page(record: Record) -> str:
         "pair came; in brackets the cost, its error at the end over that of as many more updates on the "
         "first pair alone. Means over seeds.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|---|---" + "|--:" * len(SYSTEMS) + "|",
-        *_vowel_rows(record["vowels"]),
+        *vowel_table(record["vowels"]),
         "",
         "## Text",
         "",
@@ -127,9 +124,7 @@ def interference_page(record: Record) -> str:
         "FLOPs. Each side at its best rate for the first domain. Cost: bits per byte on the first domain's "
         "held-out text at the end, over those of the same run that stayed with the first domain alone.",
         "",
-        "| order | side | rate | cost by seed | mean | setback, mean | at the switch | at the end |",
-        "|---|---|--:|---|--:|--:|--:|--:|",
-        *_text_rows(record["text"]["runs"]),
+        *text_table(record["text"]["runs"]),
         "",
         "Bits per byte on the first domain by rate, seed 0, before the switch: "
         + "; ".join(
@@ -146,8 +141,9 @@ def interference_page(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _vowel_rows(orders: Record) -> list[str]:
-    rows = []
+def vowel_table(orders: Record) -> list[str]:
+    """Return a row per order and step size: each system's setback and cost, means over seeds."""
+    rows = ["| order | step size | " + " | ".join(SYSTEMS) + " |", "|---|---" + "|--:" * len(SYSTEMS) + "|"]
     for order, systems in orders.items():
         for rate in systems[SYSTEMS[0]]:
             cells = [
@@ -159,8 +155,12 @@ def _vowel_rows(orders: Record) -> list[str]:
     return rows
 
 
-def _text_rows(orders: Record) -> list[str]:
-    rows = []
+def text_table(orders: Record) -> list[str]:
+    """Return a row per order and side: its rate, its cost by seed, and where its runs stood."""
+    rows = [
+        "| order | side | rate | cost by seed | mean | setback, mean | at the switch | at the end |",
+        "|---|---|--:|---|--:|--:|--:|--:|",
+    ]
     for order, sides in orders.items():
         for side, runs in sides.items():
             by_seed = [cost(run) for run in runs]

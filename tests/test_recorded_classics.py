@@ -1,0 +1,55 @@
+"""Recorded results of 1991, 2013 and 2017: whole, expected beforehand, verdict and page their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gatewright.experiments import (
+    gated,
+    gated_experts,
+    gated_pages,
+    interference,
+)
+
+ROOT = Path(__file__).resolve().parents[1] / "reproductions"
+Record = dict[str, Any]
+
+
+# Of each: the plan as the code has it, how the verdict follows, and the page.
+RESULTS: dict[str, tuple[Any, Callable[[Record], Record], Callable[[Record], str]]] = {
+    "local_experts/interference": (
+        dataclasses.asdict(interference.PLAN),
+        interference.verdict,
+        interference.interference_page,
+    ),
+    "sparsely_gated/table9": (
+        gated.shared(gated_experts.PLAN),
+        gated_experts.verdict9,
+        gated_pages.table9_page,
+    ),
+}
+
+
+def plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("target", RESULTS)
+def test_a_result_is_recorded_in_full_and_its_page_and_verdict_follow(target: str) -> None:
+    plan, verdict, page = RESULTS[target]
+    paper, table = target.split("/")
+    record = json.loads((ROOT / f"{paper}-{table}.json").read_text(encoding="utf-8"))
+    assert record["target"] == target
+    assert not record["quick"]
+    assert record["plan"] == plain(plan)
+    assert plain(verdict(record)) == record["verdict"]
+    assert page(record) == (ROOT / f"{paper}-{table}.md").read_text(encoding="utf-8")
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected[paper][table]) == {"metric", "sign", "least_effect"}
