@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": LOW | {"evaluation"},
     "training": LOW | {"evaluation", "inspection", "parallel"},
     "measuring": LOW | {"inspection", "evaluation", "training", "conversion", "experiments"},
-    "generation": LOW | {"evaluation", "training"},
+    "generation": LOW | {"evaluation", "training", "conversion"},
     "estimators": LOW | {"training"},
     "beams": {"errors", "backbones", "parts", "generation"},
     "experiments": LOW
@@ -51,6 +51,7 @@ HOME_OF = {
     "tyro": "cli",
     "tensorboard": "training",
     "transformers": "conversion",
+    "gguf": "conversion",
     "sklearn": "estimators",
 }
 PARTS_NEVER = {"logging", "torch.distributed", "tyro", "rich", "argparse"}
