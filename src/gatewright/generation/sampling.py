@@ -50,7 +50,7 @@ def next_probabilities(logits: Tensor, sampling: Sampling, text: Tensor | None =
     In this order: repetition penalty over the ids of `text` [..., S], temperature, the `top_k` likeliest,
     softmax, the smallest set of likeliest ids with mass >= `top_p`, those of at least `min_p` times the
     largest. Among equals the lowest id comes first. At temperature 0 all mass is on the first maximum.
-    Equation: Holtzman et al. 2020 eq 2 (top-p); Nguyen et al. 2024 eq 2 (min-p).
+    Equation: Holtzman et al. 2020 eq 2 (top-p); Nguyen et al. 2024 (min-p).
     """
     wide = logits.double()
     if sampling.repetition_penalty != 1 and text is not None:
