@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from gatewright.backbones import LanguageModel
+from gatewright.conversion import from_hf
 from gatewright.conversion.chat_template import ChatTemplate, end_ids, folder_template
 from gatewright.conversion.gguf_file import read_gguf
-from gatewright.conversion.llama import from_llama as from_hf
-from gatewright.conversion.llama import load_llama as load
-from gatewright.data import JsonTokenizer, Tokenizer, load_tokenizer
+from gatewright.data import JsonTokenizer, Tokenizer
 from gatewright.data.pretrained import SMOLLM2_NAMES, smollm2_file
 from gatewright.data.tokenizer import beginning_of_text, tokenizer_from_json
 from gatewright.errors import UserError
+from gatewright.loading import load
 from gatewright.parts import quantise_experts
 from gatewright.training.checks import resolve_device
 from gatewright.training.load import load_run
@@ -115,7 +115,7 @@ def _open_folder(path: Path) -> TextModel:
     if not file.is_file():
         raise UserError(f"{file} is missing; allowed: a checkpoint with its tokenizer.json; put it there")
     model: Any = load(path)
-    tokenizer = load_tokenizer(file)
+    tokenizer = model.origin.tokenizer
     template, special = folder_template(path)
     ends = frozenset({*end_ids(path), tokenizer.eot})
     return TextModel(model, tokenizer, beginning_of_text(file), _known(ends, model), template, special)
