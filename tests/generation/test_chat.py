@@ -113,6 +113,12 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation():
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": turn.assistant}]
     messages.append({"role": "user", "content": "two"})
     assert chat.ask("two").assistant == from_scratch(model, messages, 9)
+    # With its routing shown, an answer comes whole: then as far as it went.
+    seen: list[str] = []
+    letters.clear()
+    routed = Chat(model, writing=Writing(9, show_routing=True), interruptible=True)
+    turn = routed.ask("one", seen.append, show)
+    assert (turn.end, seen, len(turn.assistant)) == ("interrupted", [turn.assistant], 4)
     letters.clear()
     with pytest.raises(KeyboardInterrupt):
         Chat(model, writing=Writing(9)).ask("one", show)
@@ -195,8 +201,11 @@ def test_a_model_without_a_template_is_a_clear_line(tmp_path: Path):
         Chat(model, template=tmp_path / "nothing.jinja")
 
 
-def test_a_cache_grows_and_keeps_what_it_holds():
-    model = build(context=128)
+@pytest.mark.parametrize("paper", ["mixtral", "deepseek_v2"])
+def test_a_cache_grows_and_keeps_what_it_holds(paper: str):
+    torch.manual_seed(5)
+    file = get_paper(paper)
+    model = file.build(file.Settings()).eval()
     text = torch.tensor([[256, *b"a longer text than there was room for"]])
     grown, whole = Reader(model, 1, 4), Reader(model, 1, 128)
     grown.go_on_with(text[:, :4], 4)

@@ -80,6 +80,14 @@ def test_a_sparse_folder_shows_its_routing(tmp_path: Path):
         Chat(opened)
 
 
+def test_an_encoder_decoder_continues_no_text(tmp_path: Path):
+    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 1}
+    config = transformers.T5Config(vocab_size=len(small.TOKENS), **sizes, feed_forward_proj="relu")
+    model = transformers.T5ForConditionalGeneration(config)
+    with pytest.raises(UserError, match="a EncoderDecoder continues no text"):
+        continue_text(open_text_model(str(saved(tmp_path, model)), Opening()), "the", Sampling(), Writing(1))
+
+
 def test_a_folder_without_its_tokenizer_is_refused(tmp_path: Path):
     small.llama().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):

@@ -69,7 +69,8 @@ class Writer:
         self._reader, self._prompt, self._tokenizer, self._count = reader, prompt, tokenizer, count
         self._stops, self.routing = StopTexts(stop), reader.capture
         self._drawn = steps(reader, prompt, count, sampling, ends, turn)
-        self.text, self.end = "", None  # type: str, End | None
+        self.text = ""
+        self.end: End | None = None
         self.ids: list[int] = []
         self.routed: list[tuple[int, Route]] = []
 
@@ -107,17 +108,20 @@ def show_pieces(
     writer: Writer, show: Callable[[str], object], tell: Callable[[str], object], before: str = ""
 ) -> None:
     """Write a text and show `before` and each piece; where its routing is kept, tell a line per token, and
-    then show the text whole.
+    then show the text whole, or as far as it went where it is interrupted.
     """
-    told = 0
-    show("" if writer.routing else before)
-    for piece in writer:
-        if not writer.routing:
+    if not writer.routing:
+        show(before)
+        for piece in writer:
             show(piece)
-        elif len(writer.routed) > told:
-            told = len(writer.routed)
-            tell(writer.last_line())
-    if writer.routing:
+        return
+    told = 0
+    try:
+        for _ in writer:
+            if len(writer.routed) > told:
+                told = len(writer.routed)
+                tell(writer.last_line())
+    finally:
         show(before + writer.text)
 
 
