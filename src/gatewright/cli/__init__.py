@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "train": "train one model; checkpoints, run log, report",
     "eval": "bits per byte of a checkpoint, per domain",
     "inspect": "where a model sends tokens: a run, or any transformers checkpoint with experts",
+    "convert": "write a checkpoint or a run as transformers, vLLM and llama.cpp read it",
     "generate": "continue a text with a trained checkpoint",
     "plan": "parameters, FLOPs and memory of a model, without building it",
     "papers": "the lineage of Mixture-of-Experts and what each paper added",
