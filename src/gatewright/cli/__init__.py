@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "train": "train one model; checkpoints, run log, report",
     "eval": "bits per byte of a checkpoint, per domain",
     "inspect": "where a model sends tokens: a run, or any transformers checkpoint with experts",
+    "convert": "write a checkpoint or a run as transformers, vLLM and llama.cpp read it",
     "generate": "continue a text: with a run, a checkpoint of transformers, or a GGUF file",
     "chat": "talk with a model that has a chat template",
     "plan": "parameters, FLOPs and memory of a model, without building it",

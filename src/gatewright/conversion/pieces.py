@@ -56,7 +56,7 @@ def pieces(model: Decoder, family: Family) -> Iterator[Piece]:
     """
     yield _one("model.embed_tokens.weight", model.embedding.weight)
     for i, block in enumerate(model.layers):
-        yield from _block(f"model.layers.{i}.", block.state_dict(keep_vars=True), family)
+        yield from block_pieces(f"model.layers.{i}.", block.state_dict(keep_vars=True), family)
     yield _one("model.norm.weight", model.norm.weight)
     if not model.tie_embeddings:
         yield _one("lm_head.weight", model.head.weight)
@@ -64,7 +64,7 @@ def pieces(model: Decoder, family: Family) -> Iterator[Piece]:
         place = f"model.layers.{len(model.layers) + i}."
         held = further.state_dict(keep_vars=True)
         inner = {n.removeprefix("block."): held.pop(n) for n in list(held) if n.startswith("block.")}
-        yield from _block(place, inner, family)
+        yield from block_pieces(place, inner, family)
         states, tokens = held.pop("join.weight").chunk(2, dim=1)
         # Theirs takes the embedding first.
         yield Piece(f"{place}eh_proj.weight", (states.shape[0], 2 * states.shape[1]), (tokens, states))
@@ -79,7 +79,8 @@ def _one(name: str, value: Tensor, copy: bool = False) -> Piece:
     return Piece(name, tuple(value.shape), (value.detach(),), copy)
 
 
-def _block(place: str, held: dict[str, Tensor], family: Family) -> Iterator[Piece]:
+def block_pieces(place: str, held: dict[str, Tensor], family: Family) -> Iterator[Piece]:
+    """Yield the tensors of one layer, whose names begin with `place`; `held` is its state_dict."""
     latent = "attention.kv_up.weight" in held
     names = _LATENT if latent else _NAMES
     if latent and "attention.query_down.weight" not in held:

@@ -55,10 +55,7 @@ class Stored:
         """
         found = self._find(name, shape)
         if found is None:
-            raise UserError(
-                f"tensor {name} {list(shape)} is not there; allowed: all tensors of the model that "
-                "config.json describes; get the folder's other files"
-            )
+            raise UserError(_missing(name))
         if tuple(found.shape) != shape:
             raise UserError(
                 f"tensor {name} is {list(found.shape)}; allowed: {list(shape)}, as config.json says; "
@@ -84,22 +81,44 @@ class Stored:
                 "describes; check that the two belong together"
             )
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return what a classic name is stored as, bf16 where it is quantised, without reading it; it counts
+        as taken. Raises: UserError where there is none.
+        """
+        place = self._locate(name)
+        if place is None:
+            raise UserError(_missing(name))
+        found = self._get(place if place in self._by_name else f"{place}_blocks")
+        for companion in ("_scales", "_scale_inv"):
+            if f"{place}{companion}" in self._by_name:
+                self._get(f"{place}{companion}")
+        quantised = found.dtype in (torch.uint8, torch.float8_e4m3fn)
+        return torch.bfloat16 if quantised else found.dtype
+
     def _get(self, name: str) -> Tensor:
         self._taken.add(name)
         return self._tensors[self._by_name[name]]
 
-    def _find(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    def _locate(self, name: str) -> str | None:
+        """Return the stored name, less an ending of MXFP4, that a classic one is read from."""
         for own in (name, name.replace(".block_sparse_moe.", ".mlp.")):
-            if own in self._by_name:
-                return self._turned(self._plain(own), shape)
-            if f"{own}_blocks" in self._by_name:
-                return from_mxfp4(self._get(f"{own}_blocks"), self._get(f"{own}_scales")).mT
-            if (matched := _EXPERT.fullmatch(own)) is None:
-                continue
-            place, number, part = matched.groups()
-            if (found := self._fused(place, int(number), part, shape)) is not None:
-                return found
+            matched = _EXPERT.fullmatch(own)
+            fused = _fused_names(matched[1], matched[3]) if matched else ()
+            for place in (own, *fused):
+                if place in self._by_name or f"{place}_blocks" in self._by_name:
+                    return place
         return None
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        place = self._locate(name)
+        if place is None:
+            return None
+        if place not in self._by_name:
+            return from_mxfp4(self._get(f"{place}_blocks"), self._get(f"{place}_scales")).mT
+        found, matched = self._plain(place), _EXPERT.fullmatch(name)
+        if matched is None or _EXPERT.fullmatch(place):
+            return self._turned(found, shape)
+        return _one_expert(found[int(matched[2])], matched[3], shape)
 
     def _plain(self, name: str) -> Tensor:
         """Return a stored tensor, dequantised where it is FP8."""
@@ -115,18 +134,25 @@ class Stored:
         turned = found.dim() == 3 and tuple(found.shape) != shape and tuple(found.mT.shape) == shape
         return found.mT if turned else found
 
-    def _fused(self, place: str, number: int, part: str, shape: tuple[int, ...]) -> Tensor | None:
-        """Return one expert's matrix [F, D] or [D, F] out of the tensor of all of them."""
-        first = part in _PLACE
-        for name in (f"{place}.{'gate_up_proj' if first else 'down_proj'}{end}" for end in ("", ".weight")):
-            if name not in self._by_name:
-                continue
-            own = self._plain(name)[number]
-            whole = (2 * shape[0], shape[1]) if first else shape
-            # Both orders fit a square one; then it is transformers' own, [2F, D] and [D, F].
-            own = own.mT if tuple(own.shape) != whole and tuple(own.mT.shape) == whole else own
-            return own.chunk(2)[_PLACE[part]] if first else own
-        return None
+
+def _missing(name: str) -> str:
+    return (
+        f"tensor {name} is not there; allowed: all tensors of the model that config.json describes; get the "
+        "folder's other files"
+    )
+
+
+def _fused_names(place: str, part: str) -> tuple[str, str]:
+    name = f"{place}.{'gate_up_proj' if part in _PLACE else 'down_proj'}"
+    return name, f"{name}.weight"
+
+
+def _one_expert(own: Tensor, part: str, shape: tuple[int, ...]) -> Tensor:
+    """Return an expert's matrix of `shape` out of its gate_up [2F, D] or down [D, F], or one turned."""
+    whole = (2 * shape[0], shape[1]) if part in _PLACE else shape
+    # Both orders fit a square one; then it is transformers' own.
+    own = own.mT if tuple(own.shape) != whole and tuple(own.mT.shape) == whole else own
+    return own.chunk(2)[_PLACE[part]] if part in _PLACE else own
 
 
 def _text_name(name: str) -> str:
