@@ -18,7 +18,7 @@ CLOSED = {
     "tests": "one folder per room; oracle/ is the slow definition; planted/ holds faults to catch",
     "docs": "one page per paper, guides, design.md",
     "reproductions": "recorded results: JSON, figures, and what did not match",
-    "requirements": "pins of the packages that the default corpus and the cases are read from",
+    "requirements": "pins of the packages that the default corpus, the cases and SmolLM2 are read from",
 }
 # Files that are sent out whole and so carry no comment of their own.
 SAID_HERE = {

@@ -23,11 +23,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": LOW | {"evaluation"},
     "training": LOW | {"evaluation", "inspection", "parallel"},
     "measuring": LOW | {"inspection", "evaluation", "training", "conversion", "experiments"},
-    "generation": LOW | {"evaluation", "training"},
+    "generation": LOW | {"evaluation", "training", "conversion", "loading"},
+    "loading": LOW | {"training", "conversion"},
     "estimators": LOW | {"training"},
     "beams": {"errors", "backbones", "parts", "generation"},
     "experiments": LOW
-    | {"evaluation", "inspection", "training", "parallel", "conversion", "generation", "estimators"},
+    | {
+        "evaluation",
+        "inspection",
+        "training",
+        "parallel",
+        "conversion",
+        "generation",
+        "estimators",
+        "loading",
+    },
     "doctor": LOW,
     "testing": LOW,
     "cli": LOW
@@ -38,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
         "conversion",
         "generation",
+        "loading",
         "estimators",
         "beams",
         "experiments",
@@ -51,6 +62,7 @@ HOME_OF = {
     "tyro": "cli",
     "tensorboard": "training",
     "transformers": "conversion",
+    "gguf": "conversion",
     "sklearn": "estimators",
 }
 PARTS_NEVER = {"logging", "torch.distributed", "tyro", "rich", "argparse"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gatewright.loading import load as load
     from gatewright.parts import MoELayer, RouterStats, Stats, attach_loss, balance_loss, z_loss
 
 __version__ = "0.1.0"
@@ -13,6 +14,10 @@ __all__ = ["MoELayer", "RouterStats", "Stats", "attach_loss", "balance_loss", "z
 
 def __getattr__(name: str) -> Any:
     # The names arrive on first use: `gatewright --help` answers without waiting for torch.
+    if name == "load":
+        from gatewright.loading import load as load
+
+        return load
     if name in __all__:
         import gatewright.parts
 

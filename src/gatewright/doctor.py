@@ -25,7 +25,10 @@ TORCH_NEEDED = (2, 13)
 # What the quickstart writes: the built corpus, one run's checkpoints and its report.
 DISK_NEEDED_GB = 2.0
 MEMORY_NEEDED_GB = 4.0
-OPTIONAL = {"pyarrow": "parquet files as training text: pip install 'gatewright[parquet]'"}
+OPTIONAL = {
+    "pyarrow": "parquet files as training text: pip install 'gatewright[parquet]'",
+    "gguf": "GGUF files as models that generate and chat: pip install 'gatewright[gguf]'",
+}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from gatewright.backbones import count_cost, on_no_memory
+from gatewright.conversion import from_hf
+from gatewright.conversion.families import FAMILIES as ROWS
+from gatewright.conversion.pieces import pieces
 from gatewright.papers import get_paper, published, published_names
 
 theirs = pytest.importorskip("tests.papers.theirs", exc_type=ImportError)
@@ -86,7 +89,7 @@ def test_logits_are_theirs_with_and_without_a_cache(family: str):
     for seed in range(4):
         settings = random_settings(family, draw)
         other = theirs.random_model(family, settings, seed)
-        model = theirs.ours_of(family, settings, other)
+        model = theirs.ours_of(other)
         tokens = torch.randint(0, settings.vocab_size, (2, 13))
         with torch.no_grad():
             expected = other(tokens, use_cache=False).logits
@@ -105,7 +108,7 @@ def test_dynamic_positions_grow_with_the_text_as_theirs():
     settings = replace(random_settings("qwen3_moe", random.Random(2)), rope_scaling=scaling)
     # Theirs takes the configured context for the original one, and goes beyond it.
     other = theirs.random_model("qwen3_moe", replace(settings, context=8), 0)
-    model = theirs.ours_of("qwen3_moe", settings, other)
+    model = theirs.ours_of(other)
     tokens = torch.randint(0, settings.vocab_size, (2, 13))
     with torch.no_grad():
         whole = other(tokens, use_cache=False).logits
@@ -116,6 +119,13 @@ def test_dynamic_positions_grow_with_the_text_as_theirs():
             past = step.past_key_values
             near(model(tokens[:, start:end], own).logits, step.logits)
     assert not torch.allclose(step.logits, whole[:, 10:], atol=1e-3), "keys keep the angles they came with"
+
+
+def stored_name(name: str) -> str:
+    """Return a name of their further block as DeepSeek-V3's released checkpoint has it, at layer 2."""
+    for theirs, stored in (("mtp_block.", ""), ("post_norm.", "shared_head.norm.")):
+        name = name.replace(theirs, stored)
+    return f"model.layers.2.{name}"
 
 
 def parameters(name: str) -> tuple[str, Any, int, int]:
@@ -140,20 +150,15 @@ def test_a_further_block_is_theirs():
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     other = MtpLayer(config, v3.DeepseekV3DecoderLayer, v3.DeepseekV3RMSNorm, 1).eval()
-    model = get_paper("deepseek_v3").build(settings).eval()
+    model = get_paper("deepseek_v3").build(settings)
     with torch.no_grad():
         for name, value in other.named_parameters():
             value.uniform_(0.5, 1.5) if "norm" in name else value.normal_(std=0.3)
-        named = {f"model.layers.0.{n.removeprefix('mtp_block.')}": v for n, v in other.state_dict().items()}
+        further = {stored_name(name): value for name, value in other.state_dict().items()}
+        held = {piece.name: piece.read() for piece in pieces(model, ROWS["deepseek_v3"])}
+        held = {name: value for name, value in held.items() if not name.startswith("model.layers.2.")}
+        model = from_hf(config.to_dict() | {"num_nextn_predict_layers": 1}, held | further)
         ours = model.future[0]
-        for name, value in ours.block.state_dict(keep_vars=True).items():
-            if not name.endswith("rule.bias.updates"):
-                value.copy_(theirs.weight_of(f"layers.0.{name}", named, "deepseek_v3"))
-        ours.state_norm.weight.copy_(other.hnorm.weight)
-        ours.token_norm.weight.copy_(other.enorm.weight)
-        ours.norm.weight.copy_(other.post_norm.weight)
-        # Theirs takes the embedding first.
-        ours.join.weight.copy_(torch.cat(other.eh_proj.weight.chunk(2, dim=1)[::-1], dim=1))
         states, embedded = torch.randn(2, 2, 7, settings.width)
         cos, sin = model.rotary.tables(1, 7, states.device, torch.float32)
         hidden = torch.full((7, 7), -torch.inf).triu(1)[None, None]

@@ -1,4 +1,4 @@
-"""transformers' models beside ours: the same sizes from a configuration, the same weights under our names."""
+"""transformers' models beside ours: the same sizes from a configuration, the same weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from gatewright.backbones import on_no_memory
-from gatewright.papers import get_paper
+from gatewright.conversion import from_hf
 
 CLASSES = {
     "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
@@ -117,68 +117,6 @@ def random_model(family: str, settings: Any, seed: int) -> Any:
     return model
 
 
-_NAMES = {
-    "embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight", "attention_norm": "input_layernorm",
-    "feed_forward_norm": "post_attention_layernorm",
-    "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
-    "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj", "attention.output": "self_attn.o_proj",
-    "attention.sinks": "self_attn.sinks",
-}  # fmt: skip
-_LATENT = {
-    "attention.query_down": "self_attn.q_a_proj", "attention.query_norm": "self_attn.q_a_layernorm",
-    "attention.query": "self_attn.q_b_proj", "attention.kv_down": "self_attn.kv_a_proj_with_mqa",
-    "attention.kv_norm": "self_attn.kv_a_layernorm", "attention.kv_up": "self_attn.kv_b_proj",
-}  # fmt: skip
-
-
-def weight_of(name: str, theirs: dict[str, Tensor], family: str) -> Tensor:
-    """Return their tensor for one of our names."""
-    if name in _NAMES:
-        return theirs[_NAMES[name]]
-    _, number, rest = name.split(".", 2)
-    layer = f"model.layers.{number}."
-    if rest.startswith("feed_forward."):
-        block = "feed_forward" if family == "llama4" else "mlp"
-        return _feed_forward(rest.removeprefix("feed_forward."), layer + block + ".", theirs, family)
-    stem, _, kind = rest.rpartition(".") if rest != "attention.sinks" else (rest, "", "")
-    names = _NAMES | (_LATENT if f"{layer}self_attn.kv_b_proj.weight" in theirs else {})
-    place = layer + names[stem]
-    if stem == "attention.query" and f"{place}.weight" not in theirs:
-        place = layer + "self_attn.q_proj"
-    return theirs[f"{place}.{kind}" if kind else place]
-
-
-def _feed_forward(rest: str, block: str, theirs: dict[str, Tensor], family: str) -> Tensor:
-    if rest.startswith("router."):
-        gate = "router" if f"{block}router.weight" in theirs else "gate"
-        end = "e_score_correction_bias" if rest == "router.rule.bias.bias" else rest.rpartition(".")[2]
-        return theirs[f"{block}{gate}.{end}"]
-    if rest.startswith("experts."):
-        end = {"w_gate_up": "gate_up_proj", "w_down": "down_proj", "b_gate_up": "gate_up_proj_bias",
-               "b_down": "down_proj_bias"}[rest.removeprefix("experts.")]  # fmt: skip
-        found = theirs[f"{block}experts.{end}"]
-        turned = found.transpose(1, 2) if family in ("gpt_oss", "llama4") and found.dim() == 3 else found
-        if family == "gpt_oss" and "gate_up" in end:
-            return torch.cat([turned[:, ::2], turned[:, 1::2]], dim=1)
-        return turned
-    if rest == "shared.gate":
-        return theirs[f"{block}shared_expert_gate.weight"]
-    if rest.startswith("shared."):
-        plural = f"{block}shared_experts.up_proj.weight" in theirs
-        block += "shared_experts." if plural else "shared_expert."
-    if rest.endswith("w_in"):
-        return torch.cat([theirs[f"{block}{part}_proj.weight"] for part in ("gate", "up")])
-    return theirs[f"{block}down_proj.weight"]
-
-
-def ours_of(family: str, settings: Any, theirs: Any) -> nn.Module:
-    """Return our model of the settings with their weights."""
-    model: nn.Module = get_paper(family).build(settings).eval()
-    held = theirs.state_dict()
-    with torch.no_grad():
-        for name, value in model.state_dict(keep_vars=True).items():
-            if not name.endswith("rule.bias.updates"):
-                value.copy_(weight_of(name, held, family))
-    return model
+def ours_of(theirs: Any) -> nn.Module:
+    """Return our model of their configuration with their weights."""
+    return from_hf(theirs.config.to_dict(), theirs.state_dict())

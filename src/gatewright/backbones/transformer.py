@@ -51,6 +51,13 @@ class KVCache:
         for layer in self.layers:
             layer.length = min(length, layer.length)
 
+    def take_over(self, other: KVCache) -> None:
+        """Hold what another cache of the same model holds, which is of another capacity."""
+        for layer, old in zip(self.layers, other.layers, strict=True):
+            layer.keys[:, :, : old.length] = old.keys[:, :, : old.length]
+            layer.values[:, :, : old.length] = old.values[:, :, : old.length]
+            layer.length = old.length
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): [B, S, D] -> ([B, S, D], Stats)."""

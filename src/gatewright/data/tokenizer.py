@@ -171,6 +171,10 @@ class JsonTokenizer:
             {"gatewright_tokenizer": "json", "name": self.name, "tokenizer": self._inner.to_str()}
         )
 
+    def inner_json(self) -> str:
+        """Return the text of a plain tokenizer.json."""
+        return str(self._inner.to_str())
+
     def save(self, path: str | Path) -> None:
         """Write a plain tokenizer.json."""
         Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
@@ -261,3 +265,16 @@ def tokenizer_from_json(text: str, name: str) -> Tokenizer:
             f"{name} is not a tokenizer.json ({reason}); --tokenizer {_CALL}; check the file"
         ) from None
     return JsonTokenizer(inner, name)
+
+
+def beginning_of_text(tokenizer: Path) -> tuple[int, ...]:
+    """Return the special ids that a tokenizer.json puts before a text ("<s>"), of which there may be none."""
+    from tokenizers import Tokenizer as Inner
+
+    one = Inner.from_file(str(tokenizer)).encode("a", add_special_tokens=True)
+    ids = []
+    for number, special in zip(one.ids, one.special_tokens_mask, strict=True):
+        if not special:
+            break
+        ids.append(int(number))
+    return tuple(ids)

@@ -13,8 +13,8 @@ from torch import nn
 from gatewright.conversion.folder import context_of, load_folder, read_config, vocabulary_of
 from gatewright.conversion.recorder import RecordedModel
 from gatewright.data import Tokenizer, load_tokenizer
+from gatewright.data.tokenizer import beginning_of_text
 from gatewright.errors import UserError
-from gatewright.experiments.trace import beginning_of_text
 from gatewright.training.checks import resolve_device
 from gatewright.training.load import load_run
 

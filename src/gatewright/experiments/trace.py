@@ -88,16 +88,3 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"--text {path} cannot be read ({error.strerror or error}); allowed: text files; check the path"
         ) from None
-
-
-def beginning_of_text(tokenizer: Path) -> tuple[int, ...]:
-    """Return the special ids that a tokenizer.json puts before a text ("<s>"), of which there may be none."""
-    from tokenizers import Tokenizer as Inner
-
-    one = Inner.from_file(str(tokenizer)).encode("a", add_special_tokens=True)
-    ids = []
-    for number, special in zip(one.ids, one.special_tokens_mask, strict=True):
-        if not special:
-            break
-        ids.append(int(number))
-    return tuple(ids)

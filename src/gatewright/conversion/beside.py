@@ -1,0 +1,67 @@
+"""The files beside the weights: tokenizer and generation settings, copied or written for a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gatewright.conversion.source import BESIDE
+
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def copy_beside(source: Path, target: Path, config: Mapping[str, Any]) -> list[str]:
+    """Copy a folder's tokenizer and generation settings, and return their names; generation_config.json is
+    written from config.json's ids where there is none.
+    """
+    copied = [name for name in BESIDE if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+    if "generation_config.json" not in copied:
+        write_json(target / "generation_config.json", {name: config.get(name) for name in _ENDS})
+    return copied
+
+
+def write_beside(target: Path, tokenizer: str, end: int, config: dict[str, Any]) -> None:
+    """Write a run's tokenizer.json (`tokenizer`), tokenizer_config.json and generation_config.json, and put
+    the id `end`, that separates documents, into `config`.
+    """
+    (target / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    added = json.loads(tokenizer).get("added_tokens") or []
+    ends = [token["content"] for token in added if token["id"] == end]
+    known = {"eos_token": ends[0], "bos_token": ends[0]} if ends else {}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    longest = {"model_max_length": config["max_position_embeddings"]}
+    write_json(target / "tokenizer_config.json", {**kind, **known, **longest})
+    # A text begins behind the end of another: in training that is what stood there.
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    config |= ids
+    write_json(target / "generation_config.json", ids)
+
+
+def bytes_tokenizer(alphabet: Mapping[str, int], end: int, end_text: str) -> str:
+    """Return a tokenizer.json of single bytes: the 256 characters of the byte-level alphabet, without merges,
+    and the end of text.
+    """
+    vocabulary = dict(sorted(alphabet.items(), key=lambda pair: pair[1]))
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    token = {"id": end, "content": end_text, "single_word": False, "lstrip": False, "rstrip": False}
+    model: dict[str, Any] = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,
+        "merges": [],
+    }  # fmt: skip
+    told = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [token | {"normalized": False, "special": True}], "normalizer": None,
+        "pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model,
+    }  # fmt: skip
+    return json.dumps(told, ensure_ascii=False)
+
+
+def write_json(path: Path, told: Mapping[str, Any]) -> None:
+    """Write a mapping as a JSON file."""
+    path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,17 @@
+"""Continue texts and conversations with a decoder: sampling, a key-value cache, stop texts, chat."""
+
+from gatewright.generation.reader import Reader, for_generation
+from gatewright.generation.sampling import Sampling, next_probabilities
+from gatewright.generation.steps import generate, stream
+from gatewright.generation.text import StopTexts, TextStream
+
+__all__ = [
+    "Reader",
+    "Sampling",
+    "StopTexts",
+    "TextStream",
+    "for_generation",
+    "generate",
+    "next_probabilities",
+    "stream",
+]
