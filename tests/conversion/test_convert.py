@@ -159,6 +159,21 @@ def test_mxfp4_files_are_what_transformers_makes_of_them(tmp_path: Path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_the_text_part_is_taken_out_of_a_model_with_images(tmp_path: Path):
+    model = random_model("llama4")
+    model.save_pretrained(tmp_path / "text")
+    file, config = tmp_path / "in" / "model.safetensors", tmp_path / "in" / "config.json"
+    file.parent.mkdir()
+    held = {f"language_model.{n}": v for n, v in load_file(tmp_path / "text" / file.name).items()}
+    save_file(held | {"vision_model.patch.weight": torch.ones(2)}, file)
+    told = json.loads((tmp_path / "text" / "config.json").read_text())
+    config.write_text(json.dumps({"model_type": "llama4", "text_config": told, "vision_config": {}}))
+    found = convert(tmp_path / "in", tmp_path / "out", VERIFIED)
+    assert (found.kind, found.left_out) == ("llama4_text", ("vision_model.patch.weight",))
+    assert "left out: 1 tensors of images, as vision_model.patch.weight" in found.to_text()
+    same(tmp_path / "out", tmp_path / "text")
+
+
 def test_a_run_becomes_a_checkpoint(tiny_run: Path, tmp_path: Path):
     import transformers
 

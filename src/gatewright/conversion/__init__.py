@@ -16,6 +16,7 @@ from gatewright.conversion.experts import experts_forward
 from gatewright.conversion.families import FAMILIES
 from gatewright.conversion.folder import read_config
 from gatewright.conversion.install import NOT_COVERED, Placed, register_experts, use_in_transformers
+from gatewright.conversion.padding import read_padded
 from gatewright.conversion.recorder import RecordedModel, RouterRecorder
 from gatewright.conversion.routers import NOT_RECORDED, RouterSite, router_sites
 from gatewright.conversion.t5 import MODELS, from_t5, load_t5
@@ -42,6 +43,7 @@ __all__ = [
     "load_t5",
     "quantise_experts",
     "read_config",
+    "read_padded",
     "register_experts",
     "router_sites",
     "sum_over_ranks",
