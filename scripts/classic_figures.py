@@ -92,8 +92,35 @@ def gated_block(record: Mapping[str, Any], source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def translation_block(record: Mapping[str, Any], source: str) -> str:
+    """Return translation of 2017 as a sentence, BLEU of every pair and system, and where it was measured."""
+    systems = record["systems"]
+    names = list(systems)
+    lines = [f"The expectation {record['verdict']['sentence']}.", "", f"| | {' | '.join(names)} |"]
+    lines += ["|---" + "|--:" * len(names) + "|"]
+
+    def row(name: str, of: Callable[[Mapping[str, Any]], float]) -> str:
+        cells = [", ".join(f"{of(seed):.2f}" for seed in systems[system]["seeds"]) for system in names]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    for pair in systems[names[0]]["seeds"][0]["pairs"]:
+        lines.append(row(pair.replace("-", " to "), lambda seed, pair=pair: seed["pairs"][pair]["bleu"]))  # type: ignore[misc]
+    lines.append(row("mean BLEU", lambda seed: seed["mean_bleu"]))
+    lines.append(row("dev perplexity", lambda seed: seed["perplexity"]))
+    lines.append(row("training minutes", lambda seed: seed["train"]["seconds"] / 60))
+    place = record["environment"]
+    lines += [
+        "",
+        f"BLEU by seed. Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
+        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
+        f"taken from `reproductions/{source}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "table1": table1_block,
     "hme": hme_block,
     "gated": gated_block,
+    "translation": translation_block,
 }

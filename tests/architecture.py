@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "estimators": LOW | {"training"},
     "beams": {"errors", "backbones", "parts", "generation"},
     "experiments": LOW
-    | {"evaluation", "inspection", "training", "parallel", "conversion", "generation", "estimators"},
+    | {"evaluation", "inspection", "training", "parallel", "conversion", "generation", "estimators", "beams"},
     "doctor": LOW,
     "testing": LOW,
     "cli": LOW
@@ -52,6 +52,7 @@ HOME_OF = {
     "tensorboard": "training",
     "transformers": "conversion",
     "sklearn": "estimators",
+    "sacrebleu": "evaluation",
 }
 PARTS_NEVER = {"logging", "torch.distributed", "tyro", "rich", "argparse"}
 OBJECTIVES_SEE = {
@@ -60,7 +61,7 @@ OBJECTIVES_SEE = {
 }
 PAPER_IDS = (
     *("local_experts", "hme", "deep_moe", "sparsely_gated", "gshard", "switch", "glam", "vmoe", "st_moe"),
-    "switch_t5",
+    *("switch_t5", "sparsely_gated_mt"),
     *("expert_choice", "mixtral", "deepseek_moe", "deepseek_v2", "deepseek_v3", "olmoe"),
     *("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4"),
 )
