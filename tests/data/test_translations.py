@@ -42,6 +42,15 @@ def test_no_text_of_any_language_stands_in_two_parts(lines: list[tuple[int, int]
         assert sum(map(len, sides)) == len(set().union(*sides))
 
 
+def test_lines_that_are_equal_in_either_language_stand_together():
+    # Equal in a every 20th, in b every 15th: so the lines i, i + 5, i + 10, ... are one.
+    texts = {"a": [f"a{i % 20}" for i in range(60)], "b": [f"b{i % 15}" for i in range(60)]}
+    for seed in range(5):
+        found = split_lines(texts, seed, 0.3)
+        assert sum(len({i % 5 for i in found[part].tolist()}) for part in PARTS) == 5
+        assert all(len(own) % 12 == 0 for own in found.values())
+
+
 def test_parts_have_their_shares_and_follow_from_the_seed():
     texts = {"a": [str(i) for i in range(1000)], "b": [f"b{i}" for i in range(1000)]}
     one, same, other = (split_lines(texts, seed, 0.1) for seed in (0, 0, 1))

@@ -38,7 +38,7 @@ class TranslationPlan:
     held_out: float = 0.08
     test_lines: int = 160
     rows: int = 32
-    steps: int = 2800
+    steps: int = 2000
     seeds: tuple[int, ...] = (0, 1)
     learning_rate: float = 1e-2
     warmup_steps: int = 50
