@@ -26,14 +26,7 @@ def table1_block(record: Mapping[str, Any], source: str) -> str:
                 f"| {name} | {size} | {own['rate']:g} | {epochs} | {got['train_percent']:.1f} "
                 f"| {got['test_percent']:.1f} | {got['reached']} of {runs} |"
             )
-    place = record["environment"]
-    lines += [
-        "",
-        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
-        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
-        f"taken from `reproductions/{source}`.",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _measured(record, source)]) + "\n"
 
 
 def hme_block(record: Mapping[str, Any], source: str) -> str:
@@ -50,14 +43,7 @@ def hme_block(record: Mapping[str, Any], source: str) -> str:
         lines.append(
             f"| {name} | {got['error_mean']:.3f}{spread} | {error:.2f} | {passes[0]} | {passes[1]} |"
         )
-    place = record["environment"]
-    lines += [
-        "",
-        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
-        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
-        f"taken from `reproductions/{source}`.",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _measured(record, source)]) + "\n"
 
 
 def gated_block(record: Mapping[str, Any], source: str) -> str:
@@ -84,31 +70,42 @@ def gated_block(record: Mapping[str, Any], source: str) -> str:
                     f"| {seed['seed']} | {own['expert']} | `{own['token']}` | {100 * own['purity']:.0f} % "
                     f"| {100 * own['token_share']:.2f} % |"
                 )
-    place = record["environment"]
-    lines += [
-        "",
-        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
-        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
-        f"taken from `reproductions/{source}`.",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _measured(record, source)]) + "\n"
 
 
 def interference_block(record: Mapping[str, Any], source: str) -> str:
     """Return what something new does to what is known, of vowels and of text, and where it was measured."""
+    lines = [f"The expectation {record['verdict']['sentence']}.", "", *vowel_table(record["vowels"]), ""]
+    lines += [*text_table(record["text"]["runs"]), "", _measured(record, source)]
+    return "\n".join(lines) + "\n"
+
+
+def translation_block(record: Mapping[str, Any], source: str) -> str:
+    """Return translation of 2017 as a sentence, BLEU of every pair and system, and where it was measured."""
+    systems = record["systems"]
+    names = list(systems)
+    lines = [f"The expectation {record['verdict']['sentence']}.", "", f"| | {' | '.join(names)} |"]
+    lines += ["|---" + "|--:" * len(names) + "|"]
+
+    def row(name: str, of: Callable[[Mapping[str, Any]], float]) -> str:
+        cells = [", ".join(f"{of(seed):.2f}" for seed in systems[system]["seeds"]) for system in names]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    for pair in systems[names[0]]["seeds"][0]["pairs"]:
+        lines.append(row(pair.replace("-", " to "), lambda seed, pair=pair: seed["pairs"][pair]["bleu"]))  # type: ignore[misc]
+    lines.append(row("mean BLEU", lambda seed: seed["mean_bleu"]))
+    lines.append(row("dev perplexity", lambda seed: seed["perplexity"]))
+    lines.append(row("training minutes", lambda seed: seed["train"]["seconds"] / 60))
+    return "\n".join([*lines, "", "BLEU by seed. " + _measured(record, source)]) + "\n"
+
+
+def _measured(record: Mapping[str, Any], source: str) -> str:
     place = record["environment"]
-    lines = [
-        f"The expectation {record['verdict']['sentence']}.",
-        "",
-        *vowel_table(record["vowels"]),
-        "",
-        *text_table(record["text"]["runs"]),
-        "",
+    return (
         f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
         f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
-        f"taken from `reproductions/{source}`.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"taken from `reproductions/{source}`."
+    )
 
 
 BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
@@ -116,4 +113,5 @@ BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "hme": hme_block,
     "gated": gated_block,
     "interference": interference_block,
+    "translation": translation_block,
 }

@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "generation",
         "estimators",
         "loading",
+        "beams",
     },
     "doctor": LOW,
     "testing": LOW,
@@ -64,6 +65,7 @@ HOME_OF = {
     "transformers": "conversion",
     "gguf": "conversion",
     "sklearn": "estimators",
+    "sacrebleu": "evaluation",
 }
 PARTS_NEVER = {"logging", "torch.distributed", "tyro", "rich", "argparse"}
 OBJECTIVES_SEE = {
@@ -72,7 +74,7 @@ OBJECTIVES_SEE = {
 }
 PAPER_IDS = (
     *("local_experts", "hme", "deep_moe", "sparsely_gated", "gshard", "switch", "glam", "vmoe", "st_moe"),
-    "switch_t5",
+    *("switch_t5", "sparsely_gated_mt"),
     *("expert_choice", "mixtral", "deepseek_moe", "deepseek_v2", "deepseek_v3", "olmoe"),
     *("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4"),
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gatewright.backbones import EncoderDecoder
+from gatewright.backbones import PairModel
 from gatewright.errors import RunFailure, UserError
 from gatewright.generation import for_generation
 from gatewright.parts import MoELayer
@@ -49,7 +49,7 @@ def length_penalty(length: int, alpha: float) -> float:
 
 
 def beam_search(
-    model: EncoderDecoder,
+    model: PairModel,
     source: Tensor,
     *,
     start: int,
@@ -81,14 +81,16 @@ class _Beams:
 
     def __init__(
         self,
-        model: EncoderDecoder,
+        model: PairModel,
         source: Tensor,
         mask: Tensor | None,
         start: int,
         end: int,
         search: BeamSearch,
     ) -> None:
-        self.model, self.end, self.search = model, end, search
+        self.end, self.search = end, search
+        # Any: each kind of model takes the cache that it makes.
+        self.model: Any = model
         self.count, device = source.shape[0], source.device
         encoded = model.encode(source, mask, with_stats=False)
         self.cache = model.new_cache(encoded, search.max_length)

@@ -2,7 +2,7 @@
 
 from gatewright.backbones import initialise
 from gatewright.backbones.ahead import AheadReader
-from gatewright.backbones.assemble import feed_forwards, latent_decoder
+from gatewright.backbones.assemble import feed_forwards, gated_router, latent_decoder
 from gatewright.backbones.attention import Attention, LayerCache, RotaryPositions
 from gatewright.backbones.cases import HiddenLayer, Mixture, MixtureOutput
 from gatewright.backbones.cost import Cost, count_cost, on_no_memory
@@ -12,6 +12,8 @@ from gatewright.backbones.encoder_decoder import EncoderDecoder, PairCache
 from gatewright.backbones.future import FutureToken
 from gatewright.backbones.latent import LatentAttention, LatentSizes
 from gatewright.backbones.lstm import LanguageModel, LSTMCache, LSTMDecoder, RecurrentBlock
+from gatewright.backbones.lstm_attention import SourceAttention
+from gatewright.backbones.lstm_pair import PairModel, RecurrentEncoderDecoder
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.pattern import moe_pattern, per_layer
 from gatewright.backbones.scaling import RopeScaling
@@ -42,13 +44,17 @@ __all__ = [
     "Mixture",
     "MixtureOutput",
     "PairCache",
+    "PairModel",
     "RMSNorm",
     "RecurrentBlock",
+    "RecurrentEncoderDecoder",
     "RopeScaling",
     "RotaryPositions",
+    "SourceAttention",
     "count_cost",
     "dense_layer",
     "feed_forwards",
+    "gated_router",
     "initialise",
     "latent_decoder",
     "moe_pattern",

@@ -1,4 +1,4 @@
-"""Decoders from a paper's settings: what the files of several papers have in common."""
+"""Models from a paper's settings: what the files of several papers have in common."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gatewright.backbones.pattern import moe_pattern, per_layer
 from gatewright.backbones.scaling import RopeScaling
 from gatewright.backbones.transformer import Block, Decoder
 from gatewright.errors import UserError
-from gatewright.parts import MLP
+from gatewright.parts import MLP, Router, build_router
 
 
 def feed_forwards(
@@ -61,3 +61,16 @@ def latent_decoder(settings: Any, layers: Sequence[nn.Module], norm_eps: float =
         rope_scaling=scaling,
         future=[Block(s.width, *pair, norm_eps) for pair in pairs[s.num_layers :]],
     )
+
+
+def gated_router(gate: str, width: int, num_experts: int, num_selected: int) -> Router:
+    """Return a router of 2017 by its setting: "flat" (noisy top-K), "groups:A" (hierarchical, A groups) or
+    "balanced" (batchwise, thresholds learned).
+    """
+    name, _, groups = gate.partition(":")
+    if name == "groups" and groups.isdecimal():
+        return build_router("hierarchical", width, num_experts, num_selected, num_groups=int(groups))
+    if gate not in ("flat", "balanced"):
+        raise UserError(f"gate {gate!r} is unknown; allowed: flat, groups:A (A groups), balanced")
+    rule = "noisy_top_k" if gate == "flat" else "batchwise"
+    return build_router(rule, width, num_experts, num_selected)

@@ -17,6 +17,7 @@ from gatewright.backbones.attention import Attention
 from gatewright.backbones.encoder_decoder import EncoderDecoder
 from gatewright.backbones.latent import LatentAttention
 from gatewright.backbones.lstm import LanguageModel, RecurrentBlock
+from gatewright.backbones.lstm_pair import RecurrentEncoderDecoder
 from gatewright.backbones.transformer import Block
 from gatewright.errors import UserError
 from gatewright.parts import Experts, MoELayer, Router
@@ -91,8 +92,10 @@ def count_cost(model: nn.Module, context: int) -> Cost:
     """
     if isinstance(model, EncoderDecoder):
         return _pair_cost(model, context)
+    if isinstance(model, RecurrentEncoderDecoder):
+        return _recurrent_pair_cost(model, context)
     if not isinstance(model, LanguageModel):
-        known = "a Decoder, an LSTMDecoder or an EncoderDecoder"
+        known = "a Decoder, an LSTMDecoder or a model of pairs"
         raise UserError(f"cost of a {type(model).__name__} is not known; allowed: {known}")
     flops = dict.fromkeys(
         (
@@ -177,6 +180,33 @@ def _pair_cost(model: EncoderDecoder, context: int) -> Cost:
     ends = {id(p): p.numel() for p in tables}
     each = {part: count / context for part, count in flops.items()}
     return Cost(total, round(total - idle), each, total - sum(ends.values()), inner)
+
+
+def _recurrent_pair_cost(model: RecurrentEncoderDecoder, context: int) -> Cost:
+    """As for an EncoderDecoder; keys of the attention count for the source, all else of it for the target."""
+    source, target, bottom = model.context, model.target_context, model.target_bottom
+    flops = dict.fromkeys(("recurrent", "router", "experts", "shared_experts", "dense_ffn"), 0.0)
+    attention, idle = bottom.attention, 0.0
+    flops["attention_projections"] = 2.0 * (attention.u.numel() * source + attention.w.numel() * target)
+    flops["attention_scores"] = 2.0 * (len(attention.v) + model.width) * source * target
+    pairs: list[tuple[nn.Module, int]] = [(model.source_bottom, source), (bottom.lstm, target)]
+    for name, block in model.blocks().items():
+        length = source if name.startswith("encoder") else target
+        pairs.append((block.lstm, length))
+        if block.feed_forward is None:
+            continue
+        share = _feed_forward(block.feed_forward, "dense_ffn")
+        idle += sum(p.numel() for p in block.feed_forward.parameters()) - share.active
+        for part, count in share.flops.items():
+            flops[part] += count * length
+    for module, length in pairs:
+        flops["recurrent"] += 2.0 * sum(p.numel() for p in module.parameters() if p.dim() > 1) * length
+    inner = sum(flops.values()) / 2 / context
+    flops["head"] = 2.0 * model.vocab_size * model.width * target
+    total = sum(p.numel() for p in model.parameters())
+    ends = model.embedding.weight.numel() + model.head.weight.numel()
+    each = {part: count / context for part, count in flops.items()}
+    return Cost(total, round(total - idle), each, total - ends, inner)
 
 
 class _Share(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,13 +69,16 @@ class RecurrentBlock(nn.Module):
         key: Int64[Tensor, ""] | None = None,
         token_ids: Int64[Tensor, "B S"] | None = None,
         with_stats: bool = True,
+        mask: Bool[Tensor, "B S"] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], State, Stats]:
-        """Return the output, the LSTM's state after the last token, and the Stats of the router."""
+        """Return the output, the LSTM's state after the last token, and the Stats of the router; `mask`
+        False = padding on the right, which the router does not see.
+        """
         stats = Stats()
         if self.feed_forward is not None:
             if isinstance(self.feed_forward, MoELayer):
                 more = {"key": key, "token_ids": token_ids, "with_stats": with_stats}
-                y, stats = self.feed_forward(x, capture=capture, **more)
+                y, stats = self.feed_forward(x, mask, capture=capture, **more)
             else:
                 y = self.feed_forward(x)
             x = x + self._dropped(torch.sigmoid(y), key, 0)

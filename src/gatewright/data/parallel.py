@@ -145,15 +145,22 @@ class PairStream:
         epochs, numbers = places // len(self.pairs), places % len(self.pairs)
         orders = {e: permutation(len(self.pairs), self.seed, e) for e in set(epochs.tolist())}
         own = [self.pairs[orders[int(e)][n]] for e, n in zip(epochs, numbers, strict=True)]
-        source, source_mask = self._pad([pair[1] for pair in own])
-        labels, target_mask = self._pad([pair[2] for pair in own])
-        target = np.concatenate([np.full((len(own), 1), self.end), labels[:, :-1]], axis=1)
-        language = np.array([pair[0] for pair in own], dtype=np.int64)
-        return PairBatch(source, source_mask, target, labels, target_mask, language)
+        return pair_batch(own, self.end)
 
-    def _pad(self, rows: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        lengths = np.array([len(row) for row in rows])
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        out = np.full(mask.shape, self.end, dtype=np.int64)
-        out[mask] = np.concatenate(rows)
-        return out, mask
+
+def padded(rows: Sequence[NDArray[np.int64]], fill: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return rows of ids as one array [B, S], `fill` on their right, and a mask, False = padding."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    out = np.full(mask.shape, fill, dtype=np.int64)
+    out[mask] = np.concatenate(rows)
+    return out, mask
+
+
+def pair_batch(pairs: Sequence[tuple[int, NDArray[np.int64], NDArray[np.int64]]], end: int) -> PairBatch:
+    """Return pairs of (language, source, labels) as a batch; `end` starts every target and fills it up."""
+    source, source_mask = padded([pair[1] for pair in pairs], end)
+    labels, target_mask = padded([pair[2] for pair in pairs], end)
+    target = np.concatenate([np.full((len(pairs), 1), end), labels[:, :-1]], axis=1)
+    language = np.array([pair[0] for pair in pairs], dtype=np.int64)
+    return PairBatch(source, source_mask, target, labels, target_mask, language)

@@ -35,6 +35,8 @@ from gatewright.experiments.pages import race_page
 from gatewright.experiments.quickstart import HOUR, QUICKSTART, RacePlan, run_plan
 from gatewright.experiments.rules_compared import CLAIM as COMPARE_CLAIM
 from gatewright.experiments.rules_compared import run_compare
+from gatewright.experiments.translation import CLAIM as TRANSLATION_CLAIM
+from gatewright.experiments.translation import run_translation
 from gatewright.training.checkpoint import write_atomic
 
 Record = dict[str, Any]
@@ -98,6 +100,7 @@ TARGETS: dict[str, Target] = {
     "deep_moe/table1": Target("deep_moe/table1", DEEP1_CLAIM, run_deep1),
     "deep_moe/figure2": Target("deep_moe/figure2", FACTORED, run_figure2),
     "deep_moe/collapse": Target("deep_moe/collapse", COLLAPSE, run_collapse),
+    "sparsely_gated/translation": Target("sparsely_gated/translation", TRANSLATION_CLAIM, run_translation),
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
     **{name: Target(name, claim, run) for name, (claim, run) in {**FIGURES, **GATED}.items()},
 }

@@ -200,7 +200,7 @@ MODELS = ("qwen2_moe", "qwen3_moe", "gpt_oss", "llama4")
 
 
 # Further files of a paper: another form of its model. The form's id, and the paper's.
-FORMS = {"switch_t5": "switch"}
+FORMS = {"switch_t5": "switch", "sparsely_gated_mt": "sparsely_gated"}
 
 
 def all_papers() -> tuple[PaperInfo, ...]:
@@ -221,7 +221,7 @@ def text_papers() -> tuple[str, ...]:
 def trained_papers() -> tuple[str, ...]:
     """Return the ids that `train`, `eval` and `plan` take: the decoders, then the encoder-decoders."""
     spans = tuple(p.id for p in _LINEAGE if p.status == "wired" and p.trains_on == "spans")
-    return (*text_papers(), *spans, *FORMS)
+    return (*text_papers(), *spans, "switch_t5")
 
 
 def paper_info(paper_id: str) -> PaperInfo:

@@ -14,10 +14,16 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from gatewright.backbones import LSTMDecoder, dense_layer, initialise, moe_pattern, per_layer
-from gatewright.errors import UserError
+from gatewright.backbones import (
+    LSTMDecoder,
+    dense_layer,
+    gated_router,
+    initialise,
+    moe_pattern,
+    per_layer,
+)
 from gatewright.objectives import NextToken, check_weights
-from gatewright.parts import MoELayer, Router, build_router
+from gatewright.parts import MoELayer
 
 
 @dataclass(frozen=True)
@@ -77,23 +83,13 @@ _ROWS = {
 PUBLISHED: dict[str, Settings] = {f"sparsely_gated/{name}": row for name, row in _ROWS.items()}
 
 
-def _router(s: Settings, num_experts: int, num_selected: int) -> Router:
-    name, _, groups = s.gate.partition(":")
-    if name == "groups" and groups.isdecimal():
-        return build_router("hierarchical", s.width, num_experts, num_selected, num_groups=int(groups))
-    if s.gate not in ("flat", "balanced"):
-        raise UserError(f"gate {s.gate!r} is unknown; allowed: flat, groups:A (A groups), balanced")
-    rule = "noisy_top_k" if s.gate == "flat" else "batchwise"
-    return build_router(rule, s.width, num_experts, num_selected)
-
-
 def build(settings: Settings) -> nn.Module:
     """Return the language model that these settings describe, freshly initialised, its gates at 0."""
     s, n = settings, settings.num_layers
     names = ("num_experts", "num_selected", "expert_width", "ffn_width")
     values = zip(*(per_layer(name, getattr(s, name), n) for name in names), strict=True)
     layers = [
-        MoELayer(s.width, e, k, f, activation="relu", router=_router(s, e, k))
+        MoELayer(s.width, e, k, f, activation="relu", router=gated_router(s.gate, s.width, e, k))
         if sparse
         else dense_layer(s.width, ffn, s.ffn_depth)
         for sparse, (e, k, f, ffn) in zip(moe_pattern(s.moe_layers, n), values, strict=True)

@@ -1,0 +1,126 @@
+"""Many pairs of languages: which lines are for what, and batches whose sources ask for a language."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gatewright.data.hashing import permutation
+from gatewright.data.parallel import PairBatch, pair_batch
+from gatewright.data.tokenizer import Tokenizer
+from gatewright.errors import UserError
+
+Ids = NDArray[np.int64]
+Direction = tuple[str, str]
+"""From which language into which."""
+PARTS = ("train", "dev", "test")
+
+
+def split_lines(texts: Mapping[str, Sequence[str]], seed: int, held_out: float) -> dict[str, Ids]:
+    """Return the numbers of the lines of each of PARTS: a share `held_out` is dev, and as much is test.
+
+    Lines that are equal in any of the languages belong together, so that no text of one part, source or
+    target, stands in another.
+    """
+    counts = {language: len(lines) for language, lines in texts.items()}
+    if len(set(counts.values())) != 1 or not 0 < held_out < 0.5:
+        raise UserError(f"lines {counts}, held_out {held_out}; allowed: as many of each, a share below 0.5")
+    count = next(iter(counts.values()))
+    head = list(range(count))
+
+    def first(i: int) -> int:
+        while head[i] != i:
+            head[i] = head[head[i]]
+            i = head[i]
+        return i
+
+    for lines in texts.values():
+        seen: dict[str, int] = {}
+        for i, line in enumerate(lines):
+            one, other = first(seen.setdefault(line, i)), first(i)
+            head[max(one, other)] = min(one, other)
+    place = np.empty(count)
+    place[permutation(count, seed, 0x73706C69)] = np.arange(count) / count
+    share = place[[first(i) for i in range(count)]]
+    limits = (share >= 2 * held_out, share < held_out, (share >= held_out) & (share < 2 * held_out))
+    return {part: np.flatnonzero(chosen) for part, chosen in zip(PARTS, limits, strict=True)}
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Ids beside the tokenizer's: `tags` by language, and the one that ends texts and starts targets."""
+
+    tags: Mapping[str, int]
+    end: int
+
+
+class Translations:
+    """Batches of translations in several directions, a pure function of the batch index.
+
+    A source begins with the tag of the language that is wanted; source and target end with `end`. Every epoch
+    has each pair at most once, in batches of like length: the few that fill no batch are left out.
+    """
+
+    def __init__(
+        self,
+        texts: Mapping[str, Sequence[Ids]],
+        directions: Sequence[Direction],
+        ends: Ends,
+        *,
+        batch_size: int,
+        seed: int = 0,
+    ) -> None:
+        self.directions, self.batch_size, self.seed, self.end = tuple(directions), batch_size, seed, ends.end
+        self.pairs: list[tuple[int, Ids, Ids]] = []
+        for place, (source, target) in enumerate(self.directions):
+            tag = np.array([ends.tags[target]])
+            for own, wanted in zip(texts[source], texts[target], strict=True):
+                pair = (np.concatenate([tag, own, [ends.end]]), np.append(wanted, ends.end))
+                self.pairs.append((place, *pair))
+        if not 1 <= batch_size <= len(self.pairs):
+            raise UserError(f"batch_size {batch_size}; allowed: 1 to {len(self.pairs)}, the pairs there are")
+        self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty((0, 0), dtype=np.int64))
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch."""
+        return len(self.pairs) // self.batch_size
+
+    def batch(self, index: int) -> PairBatch:
+        """Return batch `index`."""
+        epoch, place = divmod(index, self.batches)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._order(epoch))
+        return pair_batch([self.pairs[i] for i in self._epoch[1][place]], self.end)
+
+    def in_order(self, direction: int) -> list[PairBatch]:
+        """Return one direction's pairs, each once, in the order of their lines."""
+        own = [pair for pair in self.pairs if pair[0] == direction]
+        size = self.batch_size
+        return [pair_batch(own[i : i + size], self.end) for i in range(0, len(own), size)]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """Return which pairs each batch has: shuffled, sorted by length within 16 batches, shuffled."""
+        whole = permutation(len(self.pairs), self.seed, epoch)[: self.batches * self.batch_size]
+        lengths = np.array([len(source) + len(labels) for _, source, labels in self.pairs])
+        pool = 16 * self.batch_size
+        runs = [whole[i : i + pool] for i in range(0, len(whole), pool)]
+        ordered = np.concatenate([run[np.argsort(lengths[run], kind="stable")] for run in runs])
+        rows = ordered.reshape(self.batches, self.batch_size)
+        return rows[permutation(self.batches, self.seed, epoch, 1)]
+
+
+def encode_lines(
+    texts: Mapping[str, Sequence[str]], numbers: Ids, tokenizer: Tokenizer, longest: int
+) -> dict[str, list[Ids]]:
+    """Return the ids of these lines by language, of those that have 1 to `longest` ids in every language."""
+    encoded = {
+        language: tokenizer.encode_documents([lines[i] for i in numbers]) for language, lines in texts.items()
+    }
+    rows = [
+        row for row in zip(*encoded.values(), strict=True) if all(1 <= len(ids) <= longest for ids in row)
+    ]
+    return {language: [row[place] for row in rows] for place, language in enumerate(encoded)}
