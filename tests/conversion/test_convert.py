@@ -20,7 +20,7 @@ from gatewright.conversion.files import TensorFiles
 from gatewright.conversion.released import released_config
 from gatewright.conversion.stored import from_fp8, from_mxfp4
 from gatewright.conversion.verify import check_bits
-from gatewright.data.tokenizer import ByteTokenizer, load_tokenizer
+from gatewright.data.tokenizer import ByteTokenizer, beginning_of_text, load_tokenizer
 from gatewright.errors import RunFailure, UserError
 from gatewright.experiments.convert import ConvertRun, convert
 from gatewright.papers import get_paper
@@ -181,7 +181,9 @@ def test_a_run_becomes_a_checkpoint(tiny_run: Path, tmp_path: Path):
     assert found.kind == "mixtral"
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"))
     text = "Grüße, \n\x00 𝛑 "
-    assert tokenizer(text)["input_ids"] == ByteTokenizer().encode(text).tolist()
+    # Behind the end of another text, as in training.
+    assert tokenizer(text)["input_ids"] == [ByteTokenizer.eot, *ByteTokenizer().encode(text).tolist()]
+    assert beginning_of_text(tmp_path / "out" / "tokenizer.json") == (ByteTokenizer.eot,)
     assert tokenizer.eos_token_id == ByteTokenizer.eot
     assert load_tokenizer(tmp_path / "out" / "tokenizer.json").eot == ByteTokenizer.eot
     other = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))

@@ -29,17 +29,32 @@ def write_beside(target: Path, tokenizer: str, end: int, config: dict[str, Any])
     """Write a run's tokenizer.json (`tokenizer`), tokenizer_config.json and generation_config.json, and put
     the id `end`, that separates documents, into `config`.
     """
-    (target / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    added = json.loads(tokenizer).get("added_tokens") or []
-    ends = [token["content"] for token in added if token["id"] == end]
+    told = json.loads(tokenizer)
+    ends = [token["content"] for token in told.get("added_tokens") or [] if token["id"] == end]
     known = {"eos_token": ends[0], "bos_token": ends[0]} if ends else {}
+    # A text begins behind the end of another: in training that is what stood there.
+    if ends and told.get("post_processor") is None:
+        told["post_processor"] = begins_with(ends[0], end)
+        known["add_bos_token"] = True
+    (target / "tokenizer.json").write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
     longest = {"model_max_length": config["max_position_embeddings"]}
     write_json(target / "tokenizer_config.json", {**kind, **known, **longest})
-    # A text begins behind the end of another: in training that is what stood there.
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     config |= ids
     write_json(target / "generation_config.json", ids)
+
+
+def begins_with(token: str, number: int) -> dict[str, Any]:
+    """Return the part of a tokenizer.json that puts a special token before every text."""
+    first: dict[str, Any] = {"SpecialToken": {"id": token, "type_id": 0}}
+    single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
 
 
 def bytes_tokenizer(alphabet: Mapping[str, int], end: int, end_text: str) -> str:
