@@ -276,6 +276,16 @@ def test_verify_sees_one_bit(tmp_path: Path):
         check_bits(tmp_path, entries, get)
 
 
+def test_verify_sees_weights_that_are_no_numbers(tmp_path: Path):
+    model = random_model("olmoe")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 3] = torch.nan
+    model.save_pretrained(tmp_path / "in")
+    with pytest.raises(RunFailure, match=r"layer 1 in .* holds NaN"):
+        convert(tmp_path / "in", tmp_path / "out", VERIFIED)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     random_model("mixtral").save_pretrained(tmp_path / "in")
     assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--verify", "--json"]) == 0

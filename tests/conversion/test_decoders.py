@@ -14,6 +14,7 @@ from torch import Tensor
 import gatewright
 from gatewright.conversion import from_hf
 from gatewright.errors import UserError
+from gatewright.experiments.convert import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -77,6 +78,20 @@ def test_load_reads_a_run(tiny_run: Path):
     assert model(torch.tensor([[1, 2, 3]])).logits.shape[:2] == (1, 3)
     assert model.origin.is_run
     assert model.origin.tokenizer.name == "bytes"
+
+
+def test_load_reads_an_encoder_decoder(tmp_path: Path):
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 3}
+    other = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    other.save_pretrained(tmp_path)
+    model = gatewright.load(tmp_path)
+    source, target = torch.randint(1, 40, (2, 1, 7))
+    with torch.no_grad():
+        expected = other(input_ids=source, decoder_input_ids=target).logits
+        assert torch.allclose(model(source, target).logits, expected, rtol=1e-5, atol=1e-5)
+    assert model.origin.config["model_type"] == "t5"
+    with pytest.raises(UserError, match="a t5 is not converted"):
+        convert(tmp_path, tmp_path / "out")
 
 
 def change(folder: Path, what: str) -> None:
