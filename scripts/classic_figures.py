@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gatewright.experiments.distill_pages import distilled_block
+
 
 def table1_block(record: Mapping[str, Any], source: str) -> str:
     """Return table 1 of 1991 as a sentence, a row per reading and system, and where it was measured."""
@@ -96,4 +98,5 @@ BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "table1": table1_block,
     "hme": hme_block,
     "gated": gated_block,
+    "distilled": distilled_block,
 }

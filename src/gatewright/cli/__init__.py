@@ -12,6 +12,7 @@ COMMANDS: dict[str, str] = {
     "eval": "bits per byte of a checkpoint, per domain",
     "inspect": "where a model sends tokens: a run, or any transformers checkpoint with experts",
     "generate": "continue a text with a trained checkpoint",
+    "distill": "a dense student of a sparse run, and what it keeps of the teacher's gain",
     "plan": "parameters, FLOPs and memory of a model, without building it",
     "papers": "the lineage of Mixture-of-Experts and what each paper added",
     "routers": "every routing rule: scores, selection, weights, losses, causal or not",
