@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import pytest
 from gatewright.cli import main
 from gatewright.errors import UserError
 from gatewright.evaluation import compression, gain_kept
-from gatewright.experiments.distill import DistillRun, distill, sentence
+from gatewright.experiments.distill import DistillRun, distill, sentence, student_run
+from gatewright.experiments.twin import dense_twin
+from gatewright.papers import get_paper
 from gatewright.training.distiller import copy_non_experts
 from gatewright.training.load import load_run
 from tests.training.runs import LOOP, final_digest, read_log
@@ -165,6 +168,26 @@ def test_a_teacher_whose_text_has_changed_is_refused(
     reply = server(["distill", str(taught), "--out", str(tmp_path / "student")])
     assert reply["code"] == 2
     assert "was trained on other text" in reply["stderr"]
+
+
+def test_an_encoder_decoder_is_refused_by_name(teacher: Path):
+    held, paper = load_run(teacher), get_paper("switch_t5")
+    run = dataclasses.replace(held.run, paper="switch_t5")
+    other = dataclasses.replace(held, run=run, settings=paper.Settings())
+    with pytest.raises(UserError, match="'switch_t5' is an encoder-decoder"):
+        student_run(other, DistillRun())
+
+
+def test_a_student_s_run_is_the_teacher_s_but_for_what_is_said(teacher: Path):
+    held = load_run(teacher)
+    limited = dataclasses.replace(held, run=dataclasses.replace(held.run, minutes=3.0, until_loss=1.5))
+    run = student_run(limited, DistillRun(out="x", tokens=128, seed=5))
+    assert run.model == dense_twin("switch", held.settings)
+    assert (run.tokens, run.seed, run.out, run.minutes, run.until_loss) == (128, 5, "x", None, None)
+    same = dataclasses.replace(
+        held.run, model=run.model, tokens=128, seed=5, out="x", resume=False, threads=0, device="cpu"
+    )
+    assert run == same
 
 
 def test_the_sentence_says_when_there_is_nothing_to_keep():
