@@ -106,6 +106,7 @@ def test_a_kill_in_the_student_and_a_stop_in_the_twin_change_nothing(
     # The student goes on from step 7; only the twin still comes to its step 3.
     reply = server([*argv, "--resume"], signal_at=["SIGTERM", 3])
     assert (reply["code"], "--resume` continues" in reply["stdout"]) == (130, True)
+    assert "twin: " in reply["stderr"]
     assert not (out / "distill.json").exists()
     reply = server([*argv, "--resume"])
     assert reply["code"] == 0, reply["stderr"]

@@ -117,12 +117,12 @@ def distill(teacher: str | Path, options: DistillRun | None = None) -> DistillRe
         starts.append(made.start)
         return made
 
-    if train(run, make).stopped:
+    if train(run, make, title="student").stopped:
         return DistillResult(Path(options.out), None, True)
     if twin is None:
         twin = Path(options.out) / "twin"
         begun = (twin / "run.toml").exists() or (twin / "checkpoints").exists()
-        if train(dataclasses.replace(run, out=str(twin), resume=begun)).stopped:
+        if train(dataclasses.replace(run, out=str(twin), resume=begun), title="twin").stopped:
             return DistillResult(Path(options.out), None, True)
     folders = {"teacher": Path(teacher), "student": Path(options.out), "twin": twin}
     record = _record(folders, run, options) | {"start": dataclasses.asdict(starts[0])}
