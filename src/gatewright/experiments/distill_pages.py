@@ -139,5 +139,5 @@ def distilled_pictures(record: Record, work: Path) -> dict[str, Path]:
         )
         for row in rows_of(record)
     ]
-    draw_rows(drawn, "per cent of the teacher's gain kept (dots: seeds, bar: the paper's)", path)
+    draw_rows(drawn, "per cent of the gain kept (bar: the paper's)", path)
     return {"kept": path}

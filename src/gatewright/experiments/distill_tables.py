@@ -62,6 +62,7 @@ def verdict6(record: Record) -> Record:
         "the teacher is below the dense model in every seed": min(_gains(record, number)) > 0,
         "with all of it at least 25 %": means[MIX.name] >= 25,
         "in the paper's order": means[PLAIN.name] < means[INIT.name] < means[MIX.name],
+        "more than weights alone": means[MIX.name] > means[UNTAUGHT.name],
         "weights alone bring at most 10 %": means[UNTAUGHT.name] <= 10,
     }
     told = ", ".join(f"{share:.0f} % ({name})" for name, share in means.items())
