@@ -50,12 +50,15 @@ def _listed(values: list[float | None]) -> str:
 
 def table(record: Mapping[str, Any]) -> list[str]:
     """Return the lines of the table: the dense model, and each teacher with its students."""
-    dense = [seed["dense"]["bits_per_byte"] for seed in record["seeds"]]
+    dense, longer = (
+        [seed[name]["bits_per_byte"] for seed in record["seeds"]] for name in ("dense", "longer")
+    )
     lines = [
         "| teacher's experts | student | bits per byte by seed | gain kept, % by seed | mean | the paper's "
         "| compression, % | the paper's |",
         "|--:|---|---|---|--:|--:|--:|--:|",
         f"| - | plain dense model | {_bits(dense)} | - | 0 | 0 | - | - |",
+        f"| - | the same, trained twice as long | {_bits(longer)} | - | - | - | - | - |",
     ]
     shown = None
     for row in rows_of(record):
@@ -106,7 +109,9 @@ def distilled_page(record: Record) -> str:
         f"{model['moe_layers']}, experts {model['expert_width']} wide; {plan['tokens']:,} tokens for each "
         f"model in batches of {plan['batch_tokens']:,} (bytes of the default corpus), AdamW at "
         f"{plan['learning_rate']:g} for all; seeds {', '.join(map(str, plan['seeds']))}, all shown. Students "
-        "have the shape of the largest teacher's dense twin and see the teacher's batches again.",
+        "have the shape of the largest teacher's dense twin and see the teacher's batches again. A student "
+        "that starts from trained weights has been trained for longer: the dense model with a second schedule "
+        "from its own weights says what that alone is worth.",
         "",
         f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
         f"{where['threads']} threads, {where['processor']}, {record['created']}.",

@@ -45,7 +45,9 @@ SMALL = Settings(width=32, head_dim=16, expert_width=128, ffn_width=128)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: for each seed one plain dense model, each teacher, and each recipe's student of it."""
+    """What is run: for each seed one plain dense model, the same trained twice as long (a second schedule
+    from its own weights, as a student has one from the teacher's), each teacher, and its students.
+    """
 
     target: str
     num_experts: tuple[int, ...]
@@ -126,12 +128,9 @@ class _Seed:
         """Return the trainer of a model without a teacher."""
         return Trainer(self.run(model), self.corpus, "model")
 
-    def teacher(self, num_experts: int) -> nn.Module:
-        """Return a teacher that is trained already."""
-        trainer, folder = (
-            self.plain(replace(self.plan.model, num_experts=num_experts)),
-            self.folders[f"teacher-{num_experts}"],
-        )
+    def finished(self, name: str, model: Settings) -> nn.Module:
+        """Return a model that is trained already."""
+        trainer, folder = self.plain(model), self.folders[name]
         held = newest_checkpoint(folder)
         if held is None:
             raise RunFailure(f"{folder} holds no checkpoint any more; remove {self.work} to start anew")
@@ -140,8 +139,14 @@ class _Seed:
 
     def taught(self, num_experts: int, recipe: Recipe) -> Trainer:
         """Return the trainer of a student."""
-        teacher, run = self.teacher(num_experts), self.run(self.student)
+        model = replace(self.plan.model, num_experts=num_experts)
+        teacher, run = self.finished(f"teacher-{num_experts}", model), self.run(self.student)
         return Distiller(run, self.corpus, "student", teacher, recipe.teacher_weight, recipe.copy)
+
+    def longer(self) -> Trainer:
+        """Return the trainer of the dense model that goes on from its own weights, all of them, untaught."""
+        dense, run = self.finished("dense", self.student), self.run(self.student)
+        return Distiller(run, self.corpus, "longer", dense, 0.0, True)
 
 
 def _digest(settings: Record) -> str:
@@ -159,9 +164,9 @@ def _shared(plan: Plan) -> Record:
 
 
 def run_distilled(plan: Plan, work: Path) -> Record:
-    """Return every model of every seed: {"seeds": [{"seed", "dense", "teachers": {E: {"students"}}}]}."""
+    """Return every model of every seed: {"seeds": [{"seed", "dense", "longer", "teachers": {E: {}}}]}."""
     work.mkdir(parents=True, exist_ok=True)
-    of_seed = 1 + len(plan.num_experts) * (1 + len(plan.recipes))
+    of_seed = 2 + len(plan.num_experts) * (1 + len(plan.recipes))
     total, seeds, done = of_seed * len(plan.seeds), [], 0
     with Progress(plan.target) as progress, stop_on_signals() as stop:
         corpus = open_corpus(plan.data, progress=progress.say)
@@ -172,6 +177,8 @@ def run_distilled(plan: Plan, work: Path) -> Record:
         for seed in plan.seeds:
             own = _Seed(plan, seed, corpus, work, stop)
             dense = own.trained("dense", {}, partial(own.plain, own.student), show)
+            done += 1
+            longer = own.trained("dense-longer", {"from": "dense"}, own.longer, show)
             done += 1
             teachers: Record = {}
             for number in plan.num_experts:
@@ -186,7 +193,7 @@ def run_distilled(plan: Plan, work: Path) -> Record:
                     students[recipe.name] = student | _kept(student, found, dense)
                     done += 1
                 teachers[str(number)] = found | {"students": students}
-            seeds.append({"seed": seed, "dense": dense, "teachers": teachers})
+            seeds.append({"seed": seed, "dense": dense, "longer": longer, "teachers": teachers})
     return {"schema": "gatewright.distilled.v1", "plan": json.loads(json.dumps(asdict(plan))), "seeds": seeds}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gatewright.evaluation import gain_kept
 from gatewright.experiments.distill_pages import distilled_page, distilled_pictures
 from gatewright.experiments.distill_runs import Plan, Recipe, quick_form, run_distilled
 from gatewright.training.workplace import environment, now
@@ -54,6 +55,18 @@ def _gains(record: Record, num_experts: int) -> list[float]:
     ]
 
 
+def _longer(record: Record, num_experts: int) -> list[float]:
+    """Return what training the dense model twice as long gives, in per cent of a teacher's gain, by seed."""
+    found = []
+    for seed in record["seeds"]:
+        bits = [
+            own["bits_per_byte"]
+            for own in (seed["longer"], seed["teachers"][str(num_experts)], seed["dense"])
+        ]
+        found.append(gain_kept(*bits) or 0.0)
+    return found
+
+
 def verdict6(record: Record) -> Record:
     """Return which parts of the claim held, on means over seeds."""
     (number,) = record["plan"]["num_experts"]
@@ -66,7 +79,10 @@ def verdict6(record: Record) -> Record:
         "weights alone bring at most 10 %": means[UNTAUGHT.name] <= 10,
     }
     told = ", ".join(f"{share:.0f} % ({name})" for name, share in means.items())
-    return _verdict(goals, f"kept of the teacher's gain: {told}") | {"mean_percent": means}
+    longer = _longer(record, number)
+    told += f"; twice as long without a teacher: {statistics.fmean(longer):.0f} %"
+    more = {"mean_percent": means, "longer_percent": longer}
+    return _verdict(goals, f"kept of the teacher's gain: {told}") | more
 
 
 def verdict7(record: Record) -> Record:
