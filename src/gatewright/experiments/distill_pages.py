@@ -110,8 +110,8 @@ def distilled_page(record: Record) -> str:
         f"model in batches of {plan['batch_tokens']:,} (bytes of the default corpus), AdamW at "
         f"{plan['learning_rate']:g} for all; seeds {', '.join(map(str, plan['seeds']))}, all shown. Students "
         "have the shape of the largest teacher's dense twin and see the teacher's batches again. A student "
-        "that starts from trained weights has been trained for longer: the dense model with a second schedule "
-        "from its own weights says what that alone is worth.",
+        "that starts from trained weights has been trained for longer: the dense model with a second "
+        "schedule from its own weights says what that alone is worth.",
         "",
         f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
         f"{where['threads']} threads, {where['processor']}, {record['created']}.",
