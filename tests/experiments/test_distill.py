@@ -136,7 +136,7 @@ def test_a_twin_that_is_there_is_taken(
     assert found["models"]["twin"]["bits_per_byte"] == printed["models"]["twin"]["bits_per_byte"]
     assert found["models"]["student"]["tokens"] == 640
     assert found["start"]["copied"] == []
-    with pytest.raises(UserError, match="is a sparse model; allowed: a dense run"):
+    with pytest.raises(UserError, match="is no plain model of the student's shape; allowed: a dense twin"):
         distill(teacher, DistillRun(out=str(tmp_path / "x"), twin=str(teacher)))
 
 

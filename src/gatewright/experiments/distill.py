@@ -104,7 +104,7 @@ def distill(teacher: str | Path, options: DistillRun | None = None) -> DistillRe
     run = student_run(loaded, options)
     if Path(options.out).resolve() == Path(teacher).resolve():
         raise UserError(f"--out {options.out} is the teacher's own folder; give another")
-    twin = _given_twin(options, loaded)
+    twin = _given_twin(options, loaded, run)
     starts: list[Start] = []
 
     def make(run: TrainRun, corpus: Corpus) -> Distiller:
@@ -130,15 +130,16 @@ def distill(teacher: str | Path, options: DistillRun | None = None) -> DistillRe
     return DistillResult(Path(options.out), record, False)
 
 
-def _given_twin(options: DistillRun, loaded: LoadedRun) -> Path | None:
-    """Return the folder of a twin that is trained already, if it is one of the same text and paper."""
+def _given_twin(options: DistillRun, loaded: LoadedRun, student: TrainRun) -> Path | None:
+    """Return the folder of a twin that is trained already, if it is one of the student's shape and text."""
     if options.twin is None:
         return None
     held = load_run(options.twin)
-    sparse = any(isinstance(module, MoELayer) for module in held.model.modules())
-    if sparse or held.corpus != loaded.corpus:
-        what = "a sparse model" if sparse else "a model of other text"
-        raise UserError(f"--twin {options.twin} is {what}; allowed: a dense run on the teacher's text")
+    if held.corpus != loaded.corpus or (held.run.paper, held.settings) != (student.paper, student.model):
+        what = "of other text" if held.corpus != loaded.corpus else "no plain model of the student's shape"
+        raise UserError(
+            f"--twin {options.twin} is {what}; allowed: a dense twin of the teacher, trained on its text"
+        )
     return Path(options.twin)
 
 
