@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gatewright.experiments.distill_pages import distilled_block
 from gatewright.experiments.interference import text_table, vowel_table
 
 
@@ -114,4 +115,5 @@ BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "gated": gated_block,
     "interference": interference_block,
     "translation": translation_block,
+    "distilled": distilled_block,
 }

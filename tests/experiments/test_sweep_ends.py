@@ -64,7 +64,7 @@ def test_a_full_disk_ends_the_sweep_and_is_no_result(
     def full(*_: Any) -> None:
         raise RunFailure("could not save: No space left on device")
 
-    monkeypatch.setattr("gatewright.experiments.sweep.save_checkpoint", full)
+    monkeypatch.setattr("gatewright.experiments.to_end.save_checkpoint", full)
     with pytest.raises(RunFailure, match="No space left"):
         sweep(tiny(data), (1e-3,), tmp_path / "sweep.json", ("dense",))
     assert not (tmp_path / "sweep.json").exists()

@@ -19,6 +19,7 @@ from gatewright.experiments.deep_table1 import CLAIM as DEEP1_CLAIM
 from gatewright.experiments.deep_table1 import run_table1 as run_deep1
 from gatewright.experiments.deep_table2 import CLAIM as DEEP2_CLAIM
 from gatewright.experiments.deep_table2 import run_table2
+from gatewright.experiments.distill_tables import DISTILLED
 from gatewright.experiments.gated_tables import GATED
 from gatewright.experiments.hme_table1 import CLAIM as HME_CLAIM
 from gatewright.experiments.hme_table1 import run_hme_table1
@@ -102,7 +103,7 @@ TARGETS: dict[str, Target] = {
     "deep_moe/collapse": Target("deep_moe/collapse", COLLAPSE, run_collapse),
     "sparsely_gated/translation": Target("sparsely_gated/translation", TRANSLATION_CLAIM, run_translation),
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
-    **{name: Target(name, claim, run) for name, (claim, run) in {**FIGURES, **GATED}.items()},
+    **{name: Target(name, claim, run) for name, (claim, run) in {**FIGURES, **GATED, **DISTILLED}.items()},
 }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gatewright.data import Corpus
-from gatewright.errors import Diverged, RunFailure, UserError
+from gatewright.errors import Diverged, UserError
 from gatewright.experiments.race_run import RaceRun, Side, race_sides
-from gatewright.training.checkpoint import clear_leftovers, newest_checkpoint, save_checkpoint, write_atomic
+from gatewright.experiments.to_end import Show, run_to_end
+from gatewright.training.checkpoint import write_atomic
 from gatewright.training.interrupt import StopRequest, stop_on_signals
 from gatewright.training.loop import prepare
 from gatewright.training.runlog import Progress
@@ -19,7 +20,6 @@ from gatewright.training.trainer import Trainer
 from gatewright.training.workplace import environment, now
 
 Record = dict[str, Any]
-Show = Callable[[float, str], None]
 
 
 def best_rate(entries: Sequence[Record], kind: str) -> float:
@@ -100,10 +100,6 @@ def _run_entry(side: Side, rate: float, corpus: Corpus, out: Path, show: Show, s
     run = dataclasses.replace(side.run, learning_rate=rate, evaluations=1, ema=0.0)
     folder = out / "sweep-checkpoints" / f"{side.name}-{rate:g}"
     trainer = Trainer(run, corpus, side.name)
-    clear_leftovers(folder)
-    held = newest_checkpoint(folder)
-    if held is not None:
-        trainer.restore(held)
     entry: Record = {
         "name": side.name,
         "kind": side.kind,
@@ -112,15 +108,7 @@ def _run_entry(side: Side, rate: float, corpus: Corpus, out: Path, show: Show, s
         "tokens": run.tokens,
     }
     try:
-        while not trainer.done:
-            if stop:
-                save_checkpoint(folder, trainer.checkpoint(), 1)
-                raise RunFailure(f"stopped at {side.name}, rate {rate:g}; the same command goes on from here")
-            loss = trainer.advance()["loss"]
-            if trainer.step % run.log_every == 0:
-                show(trainer.progress, f"{side.name} at {rate:g}: loss {loss:.3f}")
-            if trainer.step % run.checkpoint_every == 0:
-                save_checkpoint(folder, trainer.checkpoint(), 1)
+        run_to_end(trainer, folder, f"{side.name}, rate {rate:g}", show, stop)
     except Diverged as error:
         return {**entry, "valid_bpb": None, "failed": str(error)}
     return {**entry, "valid_bpb": trainer.evaluate().bits_per_byte, "seconds": trainer.seconds}

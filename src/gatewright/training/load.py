@@ -24,13 +24,16 @@ from gatewright.training.state import saved_buffers
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model and what belongs to it. `step`: where the checkpoint was taken."""
+    """A trained model and what belongs to it. `step`: where the checkpoint was taken; `corpus`: the
+    fingerprint of the text that it was trained on.
+    """
 
     model: nn.Module
     tokenizer: Tokenizer
     run: TrainRun
     settings: Any
     step: int
+    corpus: str
 
 
 def load_run(
@@ -64,7 +67,8 @@ def load_run(
     tokenizer = load_tokenizer(out / "tokenizer.json")
     if int8_experts:
         quantise_experts(model)
-    return LoadedRun(model.to(place).eval(), tokenizer, run, settings, held.step)
+    text = str(held.state.get("corpus", ""))
+    return LoadedRun(model.to(place).eval(), tokenizer, run, settings, held.step, text)
 
 
 def read_run_settings(out: Path) -> dict[str, dict[str, Any]]:

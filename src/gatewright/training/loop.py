@@ -5,6 +5,7 @@ and a report.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,23 @@ def refuse_used(out: Path, resume: bool, result: str) -> None:
         raise UserError(f"{out} already holds a run; continue it with --resume, or give another --out")
 
 
-def train(run: TrainRun) -> TrainResult:
+def train(
+    run: TrainRun, make: Callable[[TrainRun, Corpus], Trainer] | None = None, title: str = ""
+) -> TrainResult:
     """Train `run` and return its result; writes run.toml, log.jsonl, tensorboard/, checkpoints/, train.json
     and report.html.
 
+    Args: `make` builds another trainer than the plain one, as for a student; `title` stands before lines of
+    progress, in place of the paper.
     Raises: UserError for settings or data that cannot work; RunFailure for a full disk or a loss that is not
     finite: the last checkpoint stays whole and `resume` continues from it.
     """
     out = Path(run.out)
     refuse_used(out, run.resume, "train.json")
     check_settings(run)
-    with Progress(run.paper) as progress:
+    with Progress(title or run.paper) as progress:
         corpus = prepare(run, progress.say)
-        trainer = Trainer(run, corpus, run.paper)
+        trainer = Trainer(run, corpus, run.paper) if make is None else make(run, corpus)
         with own_folder(out):
             # Again, now that no other run can begin here.
             refuse_used(out, run.resume, "train.json")

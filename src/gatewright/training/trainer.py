@@ -16,6 +16,7 @@ from gatewright.backbones import Cost, EncoderDecoder, LanguageModel, count_cost
 from gatewright.data import Corpus
 from gatewright.errors import Diverged, UserError
 from gatewright.evaluation import Bits, take_bytes
+from gatewright.objectives import Loss
 from gatewright.papers.registry import get_trained_paper
 from gatewright.parts import Stats
 from gatewright.parts.draws import fold
@@ -44,7 +45,7 @@ class Trainer:
         self.context: int = self.settings.context
         self.micro_size = micro_batch_size(run, self.context)
         torch.manual_seed(run.seed)
-        self.model: nn.Module = paper.build(self.settings).to(self.device)
+        self.model: nn.Module = self.fresh_model().to(self.device)
         if isinstance(self.model, LanguageModel | EncoderDecoder):
             self.model.recompute = run.recompute == "blocks"
         set_router_dtype(self.model, run.router_dtype)
@@ -65,6 +66,10 @@ class Trainer:
         routed = isinstance(self.model, LanguageModel | EncoderDecoder)
         self._routers = self.model.routers() if routed else {}
         self.validation_text = self._validation_text()
+
+    def fresh_model(self) -> Any:
+        """Return the model that the first step starts from."""
+        return get_trained_paper(self.run.paper).build(self.settings)
 
     @property
     def tokens(self) -> int:
@@ -138,11 +143,10 @@ class Trainer:
             # Noise and coins follow from seed, step and micro-batch: a resumed run repeats them.
             key = fold(root, self.step, place)
             with autocast(self.run.precision, self.device):
-                output, targets = ask(self.model, self.objective, micro, key)
-                parts = self.objective(output, targets, **self._counts(running, output.stats))
+                parts, stats = self.loss_of(micro, key, running)
             (parts.total / self.run.accumulation).backward()
             loss += parts.task.detach() / self.run.accumulation
-            for router, record in output.stats.items():
+            for router, record in stats.items():
                 own = {
                     "counts": record.counts,
                     "kept": record.kept,
@@ -152,6 +156,11 @@ class Trainer:
                 held = counted.get(router)
                 counted[router] = own if held is None else {k: held[k] + v for k, v in own.items()}
         return loss, counted
+
+    def loss_of(self, micro: Tensor, key: Tensor, running: RunningCounts) -> tuple[Loss, Stats]:
+        """Return one micro-batch's loss, and what the routers saw of it."""
+        output, targets = ask(self.model, self.objective, micro, key)
+        return self.objective(output, targets, **self._counts(running, output.stats)), output.stats
 
     def _counts(self, running: RunningCounts, stats: Stats) -> dict[str, Any]:
         """Return what the objective wants to know of the step's other micro-batches."""
