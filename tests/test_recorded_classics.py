@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from gatewright.experiments import (
+    deep_figures,
+    deep_pages,
     gated,
     gated_experts,
     gated_pages,
@@ -28,6 +30,11 @@ RESULTS: dict[str, tuple[Any, Callable[[Record], Record], Callable[[Record], str
         dataclasses.asdict(interference.PLAN),
         interference.verdict,
         interference.interference_page,
+    ),
+    "deep_moe/collapse": (
+        dataclasses.asdict(deep_figures.PLAN),
+        deep_figures.collapse_verdict,
+        deep_pages.collapse_page,
     ),
     "sparsely_gated/table9": (
         gated.shared(gated_experts.PLAN),
