@@ -44,6 +44,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     capacity: Capacity | None = None
     note: str = ""
+    num_shared_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def build(plan: Plan, arm: Arm, vocab_size: int, seed: int) -> Decoder:
                 arm.expert_width,
                 router=router,
                 capacity=arm.capacity,
+                num_shared_experts=arm.num_shared_experts,
             )
         )
     model = Decoder(vocab_size, plan.width, plan.num_heads, layers, context=plan.context)
@@ -124,7 +126,9 @@ def run_plan(plan: Plan, work: Path, about: str) -> Record:
 
 def _plain(arm: Arm) -> Record:
     """Return an arm as plain data."""
-    return json.loads(json.dumps(asdict(arm), default=str))
+    told: Record = json.loads(json.dumps(asdict(arm), default=str))
+    # Arms that were kept or recorded before there were shared experts stay what they are.
+    return {key: value for key, value in told.items() if key != "num_shared_experts" or value}
 
 
 def _facts(arm: Arm) -> Record:
@@ -141,6 +145,7 @@ def _active_flops(plan: Plan, arm: Arm, seeds: list[Record]) -> float:
     """Return the FLOPs of a layer's experts per token in training, forward, as they were computed."""
     computed = [own["training"]["experts_per_token"] for own in seeds if "training" in own]
     per_token = sum(computed) / len(computed) if computed else 1.0
+    per_token += arm.num_shared_experts
     return 2.0 * 3 * plan.width * arm.expert_width * per_token
 
 

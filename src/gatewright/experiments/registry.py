@@ -14,13 +14,18 @@ from typing import Any
 from gatewright.errors import UserError, did_you_mean
 from gatewright.experiments.balance import CLAIM as BALANCE_CLAIM
 from gatewright.experiments.balance import run_balance
+from gatewright.experiments.bias_balance import CLAIM as BIAS_CLAIM
+from gatewright.experiments.bias_balance import run_bias
 from gatewright.experiments.deep_figures import COLLAPSE, FACTORED, run_collapse, run_figure2
 from gatewright.experiments.deep_table1 import CLAIM as DEEP1_CLAIM
 from gatewright.experiments.deep_table1 import run_table1 as run_deep1
 from gatewright.experiments.deep_table2 import CLAIM as DEEP2_CLAIM
 from gatewright.experiments.deep_table2 import run_table2
 from gatewright.experiments.distill_tables import DISTILLED
+from gatewright.experiments.few_experts import CLAIM as FEW_CLAIM
+from gatewright.experiments.few_experts import run_few
 from gatewright.experiments.gated_tables import GATED
+from gatewright.experiments.granularity import GRANULAR
 from gatewright.experiments.hme_table1 import CLAIM as HME_CLAIM
 from gatewright.experiments.hme_table1 import run_hme_table1
 from gatewright.experiments.int8_bits import CLAIM as INT8_CLAIM
@@ -93,6 +98,8 @@ TARGETS: dict[str, Target] = {
     **{plan.name: _race_target(plan) for plan in (QUICKSTART, HOUR)},
     "race/int8": Target("race/int8", INT8_CLAIM, run_int8),
     "switch/balance": Target("switch/balance", BALANCE_CLAIM, run_balance),
+    "switch/appendix-d": Target("switch/appendix-d", FEW_CLAIM, run_few),
+    "deepseek_v3/bias": Target("deepseek_v3/bias", BIAS_CLAIM, run_bias),
     "routers/compare": Target("routers/compare", COMPARE_CLAIM, run_compare),
     "local_experts/table1": Target("local_experts/table1", TABLE1_CLAIM, run_table1),
     "hme/table1": Target("hme/table1", HME_CLAIM, run_hme_table1),
@@ -103,7 +110,10 @@ TARGETS: dict[str, Target] = {
     "deep_moe/collapse": Target("deep_moe/collapse", COLLAPSE, run_collapse),
     "sparsely_gated/translation": Target("sparsely_gated/translation", TRANSLATION_CLAIM, run_translation),
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
-    **{name: Target(name, claim, run) for name, (claim, run) in {**FIGURES, **GATED, **DISTILLED}.items()},
+    **{
+        name: Target(name, claim, run)
+        for name, (claim, run) in {**FIGURES, **GATED, **DISTILLED, **GRANULAR}.items()
+    },
 }
 
 
