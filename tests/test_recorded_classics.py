@@ -14,6 +14,7 @@ import pytest
 from gatewright.experiments import (
     deep_figures,
     deep_pages,
+    deep_table2,
     gated,
     gated_experts,
     gated_pages,
@@ -22,6 +23,10 @@ from gatewright.experiments import (
 
 ROOT = Path(__file__).resolve().parents[1] / "reproductions"
 Record = dict[str, Any]
+
+
+def of_sizes(verdict: Callable[[Record], Record]) -> Callable[[Record], Record]:
+    return lambda record: verdict(record["sizes"])
 
 
 # Of each: the plan as the code has it, how the verdict follows, and the page.
@@ -35,6 +40,11 @@ RESULTS: dict[str, tuple[Any, Callable[[Record], Record], Callable[[Record], str
         dataclasses.asdict(deep_figures.PLAN),
         deep_figures.collapse_verdict,
         deep_pages.collapse_page,
+    ),
+    "deep_moe/table2": (
+        dataclasses.asdict(deep_table2.PLAN),
+        of_sizes(deep_table2.verdict),
+        deep_pages.table2_page,
     ),
     "sparsely_gated/table9": (
         gated.shared(gated_experts.PLAN),
