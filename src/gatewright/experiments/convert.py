@@ -18,6 +18,7 @@ from gatewright.conversion.folder import DTYPES
 from gatewright.conversion.shards import Entry, shard_names, split, write_index, write_shard
 from gatewright.conversion.source import Source, open_folder, open_run
 from gatewright.conversion.verify import TOLERANCE, check_bits, check_round_trip, logits_apart
+from gatewright.conversion.widened import even_widths
 from gatewright.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, byte_alphabet
 from gatewright.errors import RunFailure, UserError
 from gatewright.training.load import LoadedRun, load_run
@@ -54,7 +55,9 @@ class ConvertRun:
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written. `logits`: how far from transformers', of the largest; None: not compared."""
+    """What was written. `logits`: how far from transformers', of the largest; None: not compared. `added`:
+    hidden units of zeros that give all dense layers one width.
+    """
 
     target: Path
     kind: str
@@ -66,6 +69,7 @@ class Converted:
     verified: bool = False
     logits: float | None = None
     layers: int = 0
+    added: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -79,6 +83,9 @@ class Converted:
         ]
         if self.left_out:
             lines.append(f"left out: {len(self.left_out)} tensors of images, as {self.left_out[0]}")
+        if self.added:
+            units = f"{self.added} hidden unit{'s' if self.added > 1 else ''}"
+            lines.append(f"dense layers of one width: {units} of zeros added, which change no output")
         if self.verified:
             lines.append(
                 "verified: all tensors accounted for, written bit for bit, and back from our weights"
@@ -101,12 +108,13 @@ def convert(source: str | Path, target: str | Path, options: ConvertRun | None =
     options, source, target = options or ConvertRun(), Path(source), Path(target)
     if target.exists():
         raise UserError(f"{target} exists; allowed: a new folder; remove it, or give another")
-    run = None
+    run, added = None, 0
     if (source / "run.toml").exists():
         run = load_run(source, averaged=options.averaged)
         if not isinstance(run.model, Decoder):
             raise UserError(f"a run of {run.run.paper} is no decoder; allowed: runs of one")
-        opened = open_run(run.run.paper, run.settings, run.model, DTYPES[options.dtype])
+        settings, added = even_widths(run.settings, run.model)
+        opened = open_run(run.run.paper, settings, run.model, DTYPES[options.dtype])
     else:
         opened = open_folder(source, DTYPES[options.dtype], options.trust)
     shards = split(opened.entries, options.shard_mb * 1_000_000)
@@ -126,7 +134,7 @@ def convert(source: str | Path, target: str | Path, options: ConvertRun | None =
     size = sum(entry.size for entry in opened.entries)
     return Converted(
         target, config["model_type"], opened.stored, len(opened.entries), size, len(shards), opened.left_out,
-        options.verify, apart, layers,
+        options.verify, apart, layers, added,
     )  # fmt: skip
 
 
