@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Mapping
 
@@ -40,6 +41,7 @@ def profile_layer(cell: Cell, backend: str | None) -> dict[str, float]:
         side = build_sides(cell, backend, [OURS])[OURS]
         x, grad = torch.randn(2, cell.shape.tokens, cell.shape.width).to(DTYPES[cell.dtype])
     turn = side.turn(x.clone().requires_grad_(), grad, cell.kind, keep_gradients=False)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every call writes lines of its own to stderr
     calls: list[dict[str, float]] = []
     for _ in range(WARM_UPS + CALLS):
         turn.clear()
