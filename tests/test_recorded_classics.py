@@ -18,6 +18,7 @@ from gatewright.experiments import (
     gated,
     gated_experts,
     gated_pages,
+    gated_tables,
     interference,
 )
 
@@ -45,6 +46,11 @@ RESULTS: dict[str, tuple[Any, Callable[[Record], Record], Callable[[Record], str
         dataclasses.asdict(deep_table2.PLAN),
         of_sizes(deep_table2.verdict),
         deep_pages.table2_page,
+    ),
+    "sparsely_gated/table6": (
+        gated.shared(gated_tables.TABLE6),
+        gated_tables.verdict6,
+        gated_pages.table6_page,
     ),
     "sparsely_gated/table9": (
         gated.shared(gated_experts.PLAN),
