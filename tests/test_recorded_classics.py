@@ -14,6 +14,7 @@ import pytest
 from gatewright.experiments import (
     deep_figures,
     deep_pages,
+    deep_table1,
     deep_table2,
     gated,
     gated_experts,
@@ -41,6 +42,11 @@ RESULTS: dict[str, tuple[Any, Callable[[Record], Record], Callable[[Record], str
         dataclasses.asdict(deep_figures.PLAN),
         deep_figures.collapse_verdict,
         deep_pages.collapse_page,
+    ),
+    "deep_moe/table1": (
+        dataclasses.asdict(deep_table1.PLAN),
+        of_sizes(deep_table1.verdict),
+        deep_pages.table1_page,
     ),
     "deep_moe/table2": (
         dataclasses.asdict(deep_table2.PLAN),
