@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int64
@@ -53,7 +53,34 @@ class PairCache:
         self.mask = None if self.mask is None else self.mask[rows]
 
 
-class EncoderDecoder(nn.Module):
+class PairBase(nn.Module):
+    """What every model of pairs is called by: the source is encoded, then the target decoded. A backbone
+    gives `encode` and `decode`.
+    """
+
+    encode: Callable[..., Any]
+    decode: Callable[..., DecoderOutput]
+
+    def forward(
+        self,
+        source: Int64[Tensor, "B P"],
+        target: Int64[Tensor, "B S"],
+        source_mask: Bool[Tensor, "B P"] | None = None,
+        target_mask: Bool[Tensor, "B S"] | None = None,
+        capture: bool = False,
+        key: Int64[Tensor, ""] | None = None,
+        *,
+        with_stats: bool = True,
+    ) -> DecoderOutput:
+        """Return logits [B, S, V] and the Stats of all routers; `key` 0-d int64 fixes noise and dropout."""
+        more: Any = {"capture": capture, "with_stats": with_stats}
+        encoded = self.encode(source, source_mask, key=key, **more)
+        own_key = None if key is None else fold(key, _DECODER)
+        output = self.decode(target, encoded, target_mask, key=own_key, **more)
+        return DecoderOutput(output.logits, encoded.stats | output.stats)
+
+
+class EncoderDecoder(PairBase):
     """A model of pairs: source [B, P] and target [B, S] int64 -> DecoderOutput(logits [B, S, V], stats).
 
     The target that goes in begins with a start id, and logits[:, s] is about the id that follows target[:,
@@ -181,21 +208,3 @@ class EncoderDecoder(nn.Module):
         x = x[:, -1:] if only_last else x
         (logits,) = apply_linears(x * self.width**-0.5 if self.tie == "all" else x, (self.head,))
         return DecoderOutput(logits, stats.under("decoder"))
-
-    def forward(
-        self,
-        source: Int64[Tensor, "B P"],
-        target: Int64[Tensor, "B S"],
-        source_mask: Bool[Tensor, "B P"] | None = None,
-        target_mask: Bool[Tensor, "B S"] | None = None,
-        capture: bool = False,
-        key: Int64[Tensor, ""] | None = None,
-        *,
-        with_stats: bool = True,
-    ) -> DecoderOutput:
-        """Return logits [B, S, V] and the Stats of all routers; `key` 0-d int64 fixes noise and coins."""
-        more: Any = {"capture": capture, "with_stats": with_stats}
-        encoded = self.encode(source, source_mask, key=key, **more)
-        own_key = None if key is None else fold(key, _DECODER)
-        output = self.decode(target, encoded, target_mask, key=own_key, **more)
-        return DecoderOutput(output.logits, encoded.stats | output.stats)

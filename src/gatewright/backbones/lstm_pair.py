@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from gatewright.backbones.encoder_decoder import Encoded, EncoderDecoder
+from gatewright.backbones.encoder_decoder import Encoded, EncoderDecoder, PairBase
 from gatewright.backbones.lstm import RecurrentBlock, State, dropped
 from gatewright.backbones.lstm_attention import AttendedLSTM, Source, TwoWayLSTM
 from gatewright.backbones.transformer import DecoderOutput
@@ -17,8 +17,8 @@ from gatewright.kernels import apply_linears
 from gatewright.parts import MoELayer, Router, Stats
 from gatewright.parts.draws import fold
 
-# Apart from the encoder's layers, which fold their own number into the same key; then the embedding's.
-_DECODER, _EMBEDDING = 0x646563, 0x656D62
+# Apart from the layers, which fold their own number into the same key.
+_EMBEDDING = 0x656D62
 
 
 class RecurrentPairCache:
@@ -36,7 +36,7 @@ class RecurrentPairCache:
         self.layers = [None if own is None else (own[0][:, rows], own[1][:, rows]) for own in self.layers]
 
 
-class RecurrentEncoderDecoder(nn.Module):
+class RecurrentEncoderDecoder(PairBase):
     """A model of pairs with the call of `EncoderDecoder`: source [B, P], target [B, S] -> DecoderOutput.
 
     Equation: Shazeer et al. 2017, appendix E: the encoder is a pair of LSTMs, one from either end, then an
@@ -138,24 +138,6 @@ class RecurrentEncoderDecoder(nn.Module):
             cache.bottom, cache.layers, cache.length = bottom, layers, cache.length + target.shape[1]
         (logits,) = apply_linears(x[:, -1:] if only_last else x, (self.head,))
         return DecoderOutput(logits, stats)
-
-    def forward(
-        self,
-        source: Int64[Tensor, "B P"],
-        target: Int64[Tensor, "B S"],
-        source_mask: Bool[Tensor, "B P"] | None = None,
-        target_mask: Bool[Tensor, "B S"] | None = None,
-        capture: bool = False,
-        key: Int64[Tensor, ""] | None = None,
-        *,
-        with_stats: bool = True,
-    ) -> DecoderOutput:
-        """Return logits [B, S, V] and the Stats of all routers; `key` 0-d int64 fixes noise and dropout."""
-        more: Any = {"capture": capture, "with_stats": with_stats}
-        encoded = self.encode(source, source_mask, key=key, **more)
-        own_key = None if key is None else fold(key, _DECODER)
-        output = self.decode(target, encoded, target_mask, key=own_key, **more)
-        return DecoderOutput(output.logits, encoded.stats | output.stats)
 
     def _embedded(self, tokens: Tensor, key: Tensor | None) -> Float[Tensor, "B S D"]:
         x = self.embedding(tokens)

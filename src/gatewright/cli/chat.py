@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from .run import Common, Outcome, command, fail, prepare_process
+from .run import Common, Outcome, command, fail, prepare_process, shown_live
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,7 @@ def work(argv: list[str], common: Common, stdout: TextIO) -> Outcome:
     opened = open_text_model(given, opening)
     own = {"system": s.system, "template": s.template, "interruptible": typed}
     chat = Chat(opened, sampling=sampling, writing=writing, **own)
-
-    def show(piece: str) -> None:
-        if not common.json:
-            stdout.write(piece)
-            stdout.flush()
-
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
+    show, tell = shown_live(stdout, common.json)
     lines = typed_lines(sys.stdin, sys.stderr) if typed else sys.stdin
     turns, full = talk(chat, lines, show, tell, interactive=typed)
     data = {"model": given, "system": s.system, "turns": [dataclasses.asdict(turn) for turn in turns]}

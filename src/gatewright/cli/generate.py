@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import TextIO
 
-from .run import Common, Outcome, command, prepare_process
+from .run import Common, Outcome, command, prepare_process, shown_live
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,7 @@ def work(argv: list[str], common: Common, stdout: TextIO) -> Outcome:
     s, writing, sampling, opening = settings_from(rest, *owners, prog=prog, words="MODEL", toml=toml)
     prepare_process(opening.threads)
     opened = open_text_model(given, opening)
-
-    def show(piece: str) -> None:
-        if not common.json:
-            stdout.write(piece)
-            stdout.flush()
-
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
+    show, tell = shown_live(stdout, common.json)
     more = {"ahead": s.ahead, "show": show, "tell": tell}
     data = continue_text(opened, s.prompt, sampling, writing, **more)
     return Outcome({"model": given, **data}, "\n")

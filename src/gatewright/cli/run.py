@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import GatewrightError
 
@@ -80,6 +80,19 @@ def fail(line: str, code: int = 1) -> int:
     """Print one error line on stderr and return the exit code."""
     print(f"gatewright: error: {' '.join(line.split())}", file=sys.stderr)
     return code
+
+
+def shown_live(stdout: TextIO, as_json: bool) -> tuple[Callable[[str], None], Callable[[str], None]]:
+    """Return what shows a piece of text at once, nothing where JSON asks for it whole, and what tells a line
+    beside it, on stderr.
+    """
+
+    def show(piece: str) -> None:
+        if not as_json:
+            stdout.write(piece)
+            stdout.flush()
+
+    return show, lambda line: print(line, file=sys.stderr, flush=True)
 
 
 def _reader_gone() -> int:

@@ -163,7 +163,7 @@ def _weights(path: Path, tensor: Any, heads: tuple[int, int]) -> Tensor:
         numbers = gguf.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise UserError(
-            f"{tensor.name} of {path}: {error}; allowed: F32, F16, BF16, Q8_0, Q4_1 ..."
+            f"{tensor.name} of {path}: {error}; allowed: types that gguf reads, as F16, BF16, Q8_0, Q4_1"
         ) from None
     for part, count in (("attn_q", heads[0]), ("attn_k", heads[1])):
         if f".{part}." in tensor.name:
