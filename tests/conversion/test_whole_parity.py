@@ -130,13 +130,8 @@ def test_greedy_texts_are_theirs_over_64_steps(family: str):
     expected = other.generate(tokens, **given)[:, tokens.shape[1] :].tolist()
     for text, own, wanted in zip(tokens, mask, expected, strict=True):
         assert generate(ours, text[own], max_new_tokens=64, temperature=0) == wanted
-        # Without a cache each id follows from a pass over all before it: all of them from one pass.
-        whole = torch.cat([text[own], torch.tensor(wanted)])[None]
-        with torch.no_grad():
-            likeliest = ours(whole).logits[0, int(own.sum()) - 1 : -1].argmax(dim=-1)
-        assert likeliest.tolist() == wanted
-    if family == "llama":
-        assert generate(ours, text[own], max_new_tokens=64, temperature=0, cache=False) == wanted
+    # The last of the two, without a cache: the whole text is read anew for each id.
+    assert generate(ours, text[own], max_new_tokens=64, temperature=0, cache=False) == wanted
     assert max(len(set(text)) for text in expected) > 4, "a text of one id shows little"
 
 
