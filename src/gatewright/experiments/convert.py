@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gatewright.backbones import Decoder
-from gatewright.conversion.beside import bytes_tokenizer, copy_beside, write_beside, write_json
+from gatewright.conversion.beside import (
+    bytes_tokenizer,
+    copy_beside,
+    write_beside,
+    write_json,
+    write_of_gguf,
+)
 from gatewright.conversion.configurations import describe
 from gatewright.conversion.decoders import shape_of
 from gatewright.conversion.folder import DTYPES
+from gatewright.conversion.gguf_file import GGUFModel, read_gguf
 from gatewright.conversion.shards import Entry, shard_names, split, write_index, write_shard
-from gatewright.conversion.source import Source, open_folder, open_run
+from gatewright.conversion.source import Source, open_folder, open_gguf, open_run
 from gatewright.conversion.verify import TOLERANCE, check_bits, check_round_trip, logits_apart
 from gatewright.conversion.widened import even_widths
+from gatewright.data.pretrained import SMOLLM2_NAMES, smollm2_file
 from gatewright.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, byte_alphabet
 from gatewright.errors import RunFailure, UserError
 from gatewright.training.load import LoadedRun, load_run
@@ -98,30 +106,36 @@ class Converted:
 
 
 def convert(source: str | Path, target: str | Path, options: ConvertRun | None = None) -> Converted:
-    """Return what was written to `target`, a new folder: the checkpoint or run of `source` in the classic
-    layout, with config.json, generation_config.json and the tokenizer's files.
+    """Return what was written to `target`, a new folder: the checkpoint, run or GGUF file of `source` (or
+    "smollm2") in the classic layout, with config.json, generation_config.json and the tokenizer's files.
 
     What is under way stands in TARGET.partial, shard by shard; the same call again goes on from there.
     Raises: UserError for a target that exists, for what `load` refuses, and for a run that no released
     architecture can express; RunFailure where --verify finds a difference: then nothing is left as `target`.
     """
-    options, source, target = options or ConvertRun(), Path(source), Path(target)
+    options, target = options or ConvertRun(), Path(target)
+    source = smollm2_file() if source in SMOLLM2_NAMES else Path(source)
     if target.exists():
         raise UserError(f"{target} exists; allowed: a new folder; remove it, or give another")
-    run, added = None, 0
+    run: LoadedRun | None = None
+    held: GGUFModel | None = None
+    added = 0
     if (source / "run.toml").exists():
         run = load_run(source, averaged=options.averaged)
         if not isinstance(run.model, Decoder):
             raise UserError(f"a run of {run.run.paper} is no decoder; allowed: runs of one")
         settings, added = even_widths(run.settings, run.model)
         opened = open_run(run.run.paper, settings, run.model, DTYPES[options.dtype])
+    elif source.suffix == ".gguf":
+        held = read_gguf(source)
+        opened = open_gguf(held, DTYPES[options.dtype])
     else:
         opened = open_folder(source, DTYPES[options.dtype], options.trust)
     shards = split(opened.entries, options.shard_mb * 1_000_000)
     partial = target.with_name(f"{target.name}.partial")
     with own_folder(partial), Progress("convert") as progress:
         _write(partial, source, opened, shards, progress)
-        config = _beside(partial, source, opened, run)
+        config = _beside(partial, source, opened, run or held)
         write_json(partial / "config.json", config)
         try:
             apart, layers = _verify(partial, opened, options, progress) if options.verify else (None, 0)
@@ -164,17 +178,23 @@ def _write(
 
 def _inputs(source: Path) -> list[Path]:
     """Return the files that the weights come from."""
+    if source.is_file():
+        return [source.resolve()]
     found = [p for end in ("*.safetensors", "pytorch_model*.bin") for p in source.resolve().rglob(end)]
     return sorted(found)
 
 
-def _beside(partial: Path, source: Path, opened: Source, run: LoadedRun | None) -> dict[str, Any]:
-    """Write what stands beside the weights, and return config.json."""
+def _beside(
+    partial: Path, source: Path, opened: Source, held: LoadedRun | GGUFModel | None
+) -> dict[str, Any]:
+    """Write what stands beside the weights, of a folder a copy, and return config.json."""
     config = dict(opened.config)
-    if run is None:
+    if held is None:
         copy_beside(source, partial, config)
+    elif isinstance(held, GGUFModel):
+        write_of_gguf(partial, held, config)
     else:
-        write_beside(partial, _tokenizer_json(run.tokenizer), run.tokenizer.eot, config)
+        write_beside(partial, _tokenizer_json(held.tokenizer), held.tokenizer.eot, config)
     return config
 
 
