@@ -14,7 +14,7 @@ from gatewright.evaluation.bleu import Bleu
 from gatewright.experiments import translation, translation_runs
 from gatewright.experiments.translation import run_translation, verdict
 from gatewright.experiments.translation_page import PAPER_BLEU
-from gatewright.experiments.translation_runs import DENSE, MOE, PLAN, SINGLE, lines_of
+from gatewright.experiments.translation_runs import CATALOGS, DENSE, MOE, PLAN, SINGLE, VERSES, lines_of
 from gatewright.papers.sparsely_gated_mt import Settings
 
 WORDS = {
@@ -23,6 +23,11 @@ WORDS = {
     "fr": "un deux trois quatre cinq six sept huit neuf dix".split(),
 }
 TEXTS = {name: [f"{a} {b} {c}" for a in own for b in own for c in own[:3]] for name, own in WORDS.items()}
+# Short lines of the same words, and one that is a verse too.
+SHORT = {
+    name: [f"{a} {b}" for a in own for b in own] + [TEXTS[name][7]] for name, own in WORDS.items()
+}  # fmt: skip
+KINDS = {VERSES: TEXTS, CATALOGS: SHORT}
 TINY = replace(
     PLAN, languages=("es", "fr"), pieces=280, longest=30, held_out=0.1, test_lines=2, rows=4, steps=8,
     warmup_steps=2, beams=1, seeds=(0,), model=Settings(width=16, num_experts=4, expert_width=8, num_tags=3),
@@ -34,7 +39,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str, dict[str, 
     """The whole experiment on counting words."""
     work = tmp_path_factory.mktemp("work")
     patch = pytest.MonkeyPatch()
-    patch.setattr(translation, "open_lines", lambda plan, say: lines_of(plan, TEXTS))
+    patch.setattr(translation, "open_lines", lambda plan, say: lines_of(plan, KINDS))
     record, page, pictures = run_translation(work, False, TINY)
     patch.undo()
     return record, page, pictures, work
@@ -50,7 +55,10 @@ def test_every_system_trains_on_as_many_pairs_and_translates_every_pair(done: An
     assert [len(own["seeds"][0]["losses"]) for own in systems.values()] == [1, 1, 4]
     # The dense layers have the operations of 2 experts and of two gates of 4 logits.
     assert systems[MOE]["operations"] == systems[DENSE]["operations"] == systems[SINGLE]["operations"]
-    assert all(own["lines"] == 2 for own in systems[MOE]["seeds"][0]["pairs"].values())
+    for own in systems[MOE]["seeds"][0]["pairs"].values():
+        assert own["lines"] == 4
+        assert list(own["bleu_by_kind"]) == [VERSES, CATALOGS]
+        assert own["wrong_source_nats"] != own["dev_nats"]
     assert pictures["pairs"].stat().st_size > 1000
     assert record["verdict"]["sentence"] in page
     assert "36.47 / 34.40 / 37.46, +3.06" in page
@@ -58,7 +66,7 @@ def test_every_system_trains_on_as_many_pairs_and_translates_every_pair(done: An
 
 def test_finished_models_are_kept(done: Any, monkeypatch: pytest.MonkeyPatch):
     record, _, _, work = done
-    monkeypatch.setattr(translation, "open_lines", lambda plan, say: lines_of(plan, TEXTS))
+    monkeypatch.setattr(translation, "open_lines", lambda plan, say: lines_of(plan, KINDS))
     monkeypatch.setattr(translation, "run_model", lambda *given: pytest.fail("trained again"))
     again, _, _ = run_translation(work, False, TINY)
     assert again["systems"] == record["systems"]
@@ -69,14 +77,14 @@ def test_what_is_tested_was_in_no_training_and_in_no_pieces(monkeypatch: pytest.
     monkeypatch.setattr(
         translation_runs, "train_bpe", lambda texts, size: seen.extend(texts) or TRAIN(texts, size)
     )
-    lines = lines_of(TINY, TEXTS)
+    lines = lines_of(TINY, KINDS)
     decode = lines.tokenizer.decode
     texts = {
         part: {decode(ids) for own in by_language.values() for ids in own}
         for part, by_language in lines.parts.items()
     }
     assert texts["train"] <= set(seen)
-    for part in ("dev", "test"):
+    for part in ("dev", VERSES, CATALOGS):
         assert texts[part]
         assert not texts[part] & (texts["train"] | set(seen))
 
@@ -91,17 +99,19 @@ def test_bleu_is_of_what_was_written_against_the_target(monkeypatch: pytest.Monk
         asked.append((written, wanted))
         return Bleu(1.0, "watched")
 
-    lines = lines_of(TINY, TEXTS)
+    lines = lines_of(TINY, KINDS)
     settings = TINY.settings(MOE, lines.tokenizer.vocab_size)
     found = translation_runs.translate
     model: Any = translation_runs.build(settings).eval()
     monkeypatch.setattr(translation_runs, "bleu", watched)
     record = found(model, lines, lines.ends(settings), ("fr", "en"), TINY)
-    ((written, wanted),) = asked
-    assert wanted == [lines.tokenizer.decode(ids) for ids in lines.parts["test"]["en"][:2]]
-    assert [sample[2] for sample in record["samples"]] == written[:3]
-    assert [sample[1] for sample in record["samples"]] == wanted[:3]
-    assert all(sample[0] in TEXTS["fr"] for sample in record["samples"])
+    (written, wanted), *kinds = asked
+    tested = [ids for kind in (VERSES, CATALOGS) for ids in lines.parts[kind]["en"][:2]]
+    assert wanted == [lines.tokenizer.decode(ids) for ids in tested]
+    assert kinds == [(written[:2], wanted[:2]), (written[2:], wanted[2:])]
+    assert [sample[2] for sample in record["samples"]] == written
+    assert [sample[1] for sample in record["samples"]] == wanted
+    assert [sample[0] in TEXTS["fr"] for sample in record["samples"]] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(("system", "change"), [(MOE, 1.0), (DENSE, 9.0), (SINGLE, 9.0)])

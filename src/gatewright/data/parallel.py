@@ -7,7 +7,7 @@ import re
 import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,14 @@ class PairBatch:
     labels: NDArray[np.int64]
     target_mask: NDArray[np.bool_]
     language: NDArray[np.int64]
+
+
+def exchanged(batch: PairBatch) -> PairBatch:
+    """Return a batch whose every target has its neighbour's source: by how much it is dearer to predict says
+    how much a model reads its source.
+    """
+    sources = {name: np.roll(getattr(batch, name), 1, axis=0) for name in ("source", "source_mask")}
+    return replace(batch, **sources)
 
 
 class PairStream:

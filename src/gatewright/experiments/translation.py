@@ -116,6 +116,7 @@ def _joined(seed: int, runs: list[Record]) -> Record:
     return {
         "seed": seed,
         "perplexity": math.exp(nats / tokens),
+        "wrong_source": (sum(own["wrong_source_nats"] for own in pairs.values()) - nats) / tokens,
         "mean_bleu": statistics.fmean(own["bleu"] for own in pairs.values()),
         "train": train,
         "decoding_seconds": sum(own["seconds"] for own in pairs.values()),

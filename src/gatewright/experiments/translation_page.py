@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gatewright.inspection.plots.rows import draw_rows
@@ -55,6 +56,7 @@ def _about(record: Record) -> str:
     """Return what was trained and tested on what, in a paragraph."""
     plan, lines, pieces = record["plan"], record["data"]["lines"], record["data"]["pieces"]
     model, systems = plan["model"], record["systems"]
+    kinds = [part for part in lines if part not in ("train", "dev")]
     any_pair = next(iter(systems["MoE-Multi"]["seeds"][0]["pairs"].values()))
     minutes = sum(
         seed["train"]["seconds"] + seed["decoding_seconds"]
@@ -62,10 +64,12 @@ def _about(record: Record) -> str:
         for seed in own["seeds"]
     )
     return (
-        f"Verses of the Quran in English and {len(plan['languages'])} languages "
-        f"({', '.join(plan['languages'])}), of at most {plan['longest']} ids in each: {lines['train']} to "
-        f"train on, {lines['dev']} for perplexity, the first {any_pair['lines']} of {lines['test']} "
-        "translated. Verses that are equal in any language stand on one side, and the pieces of the BPE "
+        "Verses of the Quran and words and short sentences of a program's catalogs (Gramps) in English and "
+        f"{len(plan['languages'])} languages ({', '.join(plan['languages'])}), of at most {plan['longest']} "
+        f"ids in each: {lines['train']} lines to train on, {lines['dev']} for perplexity, and of "
+        + " and ".join(f"{lines[kind]} {kind}" for kind in kinds)
+        + f" {any_pair['lines']} translated, as many of each. Lines that are equal in any language stand on "
+        "one side, and the pieces of the BPE "
         f"({pieces}) are learned from the training side alone. GNMT-Multi and the models of one pair "
         "(GNMT-Mono, here of the same size) have a dense layer of equal operations in each mixture's place; "
         "a model of one pair takes its share of the steps: each system trains on as many pairs in all. "
@@ -103,7 +107,15 @@ def _bleu_table(record: Record) -> str:
 
 def _system_table(record: Record) -> str:
     head = ["system", "dev perplexity (paper's)", "parameters", "operations per target token"]
-    head += ["models", "steps in all", "tokens in all", "training seconds", "tokens per second"]
+    head += [
+        "another line's source costs, nats per token",
+        "mean BLEU by kind",
+        "models",
+        "steps in all",
+        "tokens in all",
+        "training seconds",
+        "tokens per second",
+    ]
     rows = []
     for name in SYSTEMS:
         own = record["systems"][name]
@@ -116,6 +128,8 @@ def _system_table(record: Record) -> str:
                 f"{_numbers([s['perplexity'] for s in seeds], '.2f')} ({'-' if paper is None else paper})",
                 f"{own['parameters']:,}{' each' if models > 1 else ''}",
                 f"{own['operations']:,.0f}",
+                _numbers([s["wrong_source"] for s in seeds], "+.2f"),
+                "; ".join(f"{kind} {_numbers(by, '.1f')}" for kind, by in _by_kind(seeds).items()),
                 str(models),
                 _numbers([t["steps"] for t in took], ",d"),
                 _numbers([t["tokens"] for t in took], ",d"),
@@ -126,14 +140,22 @@ def _system_table(record: Record) -> str:
     return _table(head, rows)
 
 
+def _by_kind(seeds: list[Record]) -> dict[str, list[float]]:
+    """Return the mean BLEU over pairs of each kind of line, by seed."""
+    every = [[pair["bleu_by_kind"] for pair in seed["pairs"].values()] for seed in seeds]
+    return {kind: [fmean(own[kind] for own in pairs) for pairs in every] for kind in every[0][0]}
+
+
 def _examples(record: Record) -> str:
-    """Return one verse of the test side by all three systems, in the first direction and seed."""
+    """Return a line of each kind of the test side by all three systems, in the first direction and seed."""
     own = {name: record["systems"][name]["seeds"][0]["pairs"] for name in SYSTEMS}
     pair = next(iter(own["MoE-Multi"]))
-    given, wanted, _ = own["MoE-Multi"][pair]["samples"][0]
-    written = [f"- {name}: {own[name][pair]['samples'][0][2]}" for name in SYSTEMS]
-    head = f"The first verse of the test side, {pair.replace('-', ' to ')}, seed 0:"
-    return "\n".join([head, "", f"- source: {given}", f"- reference: {wanted}", *written])
+    shown = []
+    for i, (given, wanted, _) in enumerate(own["MoE-Multi"][pair]["samples"]):
+        written = [f"- {name}: {own[name][pair]['samples'][i][2]}" for name in SYSTEMS]
+        shown.append("\n".join([f"- source: {given}", f"- reference: {wanted}", *written]))
+    head = f"The first lines of the test sides, {pair.replace('-', ' to ')}, seed 0:"
+    return "\n\n".join([head, *shown])
 
 
 def translation_pictures(record: Record, work: Path) -> dict[str, Path]:
