@@ -26,6 +26,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_pin(archive: Path, sha256: str) -> None:
+    """Raise RunFailure where an archive is not the one that is pinned."""
+    found = file_digest(archive)
+    if found != sha256:
+        raise RunFailure(f"{archive.name} has the checksum {found}, not {sha256}: it is not what is pinned")
+
+
 def _seal(about: dict[str, Any]) -> str:
     plain = {key: value for key, value in about.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
