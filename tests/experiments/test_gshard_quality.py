@@ -3,62 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from gatewright.errors import UserError
-from gatewright.evaluation.bleu import Bleu
-from gatewright.experiments import gshard_quality, gshard_runs, gshard_text
+from gatewright.experiments import gshard_quality, gshard_runs
 from gatewright.experiments.gshard_page import PAPER_BLEU, PAPER_TOKENS
 from gatewright.experiments.gshard_quality import compared, jobs_of, run_quality, tokens_to, verdict
-from gatewright.experiments.gshard_runs import BILINGUAL, MANY, PLAN, SPARSE, TWIN, batches_of, exchanged
-from gatewright.experiments.gshard_text import Sources, TextPlan, full, many_to_many, many_to_one, split_texts
-
-WORDS = {
-    "en": "one two three four five six seven eight nine ten".split(),
-    "es": "uno dos tres cuatro cinco seis siete ocho nueve diez".split(),
-    "fr": "un deux trois quatre cinq sixte sept huit neuf dix".split(),
-    "sv": "ett två tre fyra fem sex sju åtta nio tio".split(),
-}
-VERSES = {name: [f"{a} {b} {c}" for a in own for b in own for c in own[:3]] for name, own in WORDS.items()}
-# Single words and pairs, of which some are verses too; no Swedish catalog, and Spanish has but a half.
-CATALOGS = {
-    name: [f"{a} {b}" for a in own for b in own] + [f"{own[0]} {own[0]} {a}" for a in own]
-    for name, own in WORDS.items()
-    if name != "sv"
-}
-CATALOGS["es"] = [line if i % 2 else "" for i, line in enumerate(CATALOGS["es"])]
-BOOK = {name: [f"{own[9]} {own[8]} {a} {b}" for a in own for b in own[:2]] for name, own in WORDS.items()}
-LANGUAGES = ("en", "es", "fr", "sv")
-TEXT = TextPlan(
-    languages=("es", "fr", "sv"), many=("es", "fr"), unseen=(("es", "fr"), ("fr", "es")), low="es",
-    low_share=0.2, source_pieces=300, target_pieces=280, many_pieces=300, longest=30, held_out=0.1,
-)  # fmt: skip
-FEWER = [own for own in PLAN.systems if own.name in (SPARSE, TWIN, BILINGUAL, MANY)]
-TINY = replace(
-    PLAN, text=TEXT, seeds=(0,), rows=6, steps=6, warmup_steps=2, dev_lines=2, test_lines=2, beams=1,
-    levels=(5.0,), systems=tuple(replace(own, num_experts=min(own.num_experts, 4)) for own in FEWER),
-    model=replace(PLAN.model, width=16, num_heads=2, head_dim=4, expert_width=8, ffn_width=16),
-)  # fmt: skip
-TRANSLATE = gshard_runs.translate
-
-
-def sources() -> Sources:
-    lines = {"verses": VERSES, "catalogs": CATALOGS, "handbook": BOOK}
-    return Sources({name: full(own, LANGUAGES) for name, own in lines.items()}, {})
-
-
-def no_search(plan: Any, model: Any, corpus: Any, batches: Any, ends: Any) -> list[str]:
-    """Stand in for the search, which takes long and has a test of its own: the sources, unchanged."""
-    return [
-        corpus.source.decode(row[mask][1:-1])
-        for batch in batches
-        for row, mask in zip(batch.source, batch.source_mask, strict=True)
-    ]
+from gatewright.experiments.gshard_runs import BILINGUAL, MANY, PLAN, SPARSE, TWIN
+from scripts import classic_figures
+from tests.experiments.gshard_words import BOOK, TINY, no_search, sources
 
 
 @pytest.fixture(scope="module")
@@ -71,120 +28,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str, dict[str, 
     record, page, pictures = run_quality(work, False, TINY)
     patch.undo()
     return record, page, pictures, work
-
-
-def test_no_text_of_either_source_stands_on_two_sides():
-    parts = split_texts(replace(TEXT, low_share=1.0), sources().lines)
-    sides: dict[str, set[str]] = {}
-    for name, texts in parts.items():
-        lines = {line for own in texts.values() for line in own if line}
-        sides.setdefault(name.partition("/")[0], set()).update(lines)
-    assert all(sides[part] for part in ("train", "dev", "test"))
-    for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
-        assert not sides[one] & sides[other]
-    # Both sources are on each side, and the book's lines that are trained on are left out of it.
-    assert {"train", "dev/verses", "dev/catalogs", "test/verses", "test/catalogs", "test/handbook"} == set(
-        parts
-    )
-    count = sum(bool(line) for line in VERSES["en"] + CATALOGS["en"])
-    kept = sum(len(own["en"]) for name, own in parts.items() if name != "test/handbook")
-    assert kept == count
-    swedish = [line for line in parts["train"]["sv"] if line]
-    assert swedish
-    assert not set(swedish) - set(VERSES["sv"])
-
-
-def test_the_book_is_without_what_is_trained_on():
-    lines = sources().lines
-    plain = split_texts(TEXT, lines)
-    trained = next(line for line in plain["train"]["fr"] if line)
-    lines["handbook"]["fr"][3] = trained
-    assert split_texts(TEXT, lines)["test/handbook"]["fr"][3] == ""
-    assert plain["test/handbook"]["fr"][3] != ""
-
-
-def test_the_cut_language_has_its_share_left_in_training_alone():
-    whole, cut = (split_texts(replace(TEXT, low_share=s), sources().lines) for s in (1.0, 0.2))
-    count = {part: sum(map(bool, own["es"])) for part, own in whole.items()}
-    left = {part: sum(map(bool, own["es"])) for part, own in cut.items()}
-    assert left == count | {"train": round(0.2 * count["train"])}
-    assert {p: o["fr"] for p, o in cut.items()} == {p: o["fr"] for p, o in whole.items()}
-    # As few in every model's ids, the bilingual one's too.
-    one = many_to_one(TEXT, cut)
-    assert sum(bool(len(ids)) for ids in one.parts["train"]["es"]) == left["train"]
-
-
-def test_pairs_that_are_unseen_are_in_no_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    many = many_to_many(TEXT, split_texts(replace(TEXT, low_share=1.0), sources().lines))
-    seen: set[tuple[str, str]] = set()
-    plan = replace(TINY, steps=10)
-    decode = many.source.decode
-    of = {decode(ids): name for name in ("en", "es", "fr") for ids in many.parts["train"][name] if len(ids)}
-    trainer = gshard_runs.PairTrainer
-
-    class Watched(trainer):  # type: ignore[misc, valid-type]
-        def advance(self) -> Any:
-            batch = self.stream.batch(self.step)
-            for source, mask, labels, there in zip(
-                batch.source, batch.source_mask, batch.labels, batch.target_mask, strict=True
-            ):
-                pair = of[decode(source[mask][1:-1])], of[decode(labels[there][:-1])]
-                assert source[0] == many.ends(plan.model.num_sentinels).tags[pair[1]]
-                seen.add(pair)
-            return super().advance()
-
-    monkeypatch.setattr(gshard_runs, "PairTrainer", Watched)
-    monkeypatch.setattr(gshard_runs, "translate", no_search)
-    settings = plan.settings(plan.systems[-1], many)
-    found = gshard_runs.run_model(
-        plan, settings, many, TEXT.seen, TEXT.unseen, 0, tmp_path, lambda share: None
-    )
-    assert seen == set(TEXT.seen)
-    assert seen == {(a, b) for a in ("en", "es", "fr") for b in ("en", "es", "fr") if a != b} - set(
-        TEXT.unseen
-    )
-    assert set(found["directions"]) == {"es-fr", "fr-es"}
-    # Of sources that are handed on as they are.
-    assert all(
-        own["sources"]["verses"]["samples"][0][2] in VERSES[name[:2]]
-        for name, own in found["directions"].items()
-    )
-
-
-def test_what_is_written_is_searched_for_and_stands_beside_its_reference(monkeypatch: pytest.MonkeyPatch):
-    one = many_to_one(TEXT, split_texts(TEXT, sources().lines))
-    model: Any = gshard_runs.build(TINY.settings(TINY.systems[0], one)).eval()
-    plan, ends = replace(TINY, text=replace(TEXT, longest=4)), one.ends(8)
-    batches = batches_of(one, "test/verses", ("fr", "en"), ends, 2)
-    written = TRANSLATE(plan, model, one, batches, ends)
-    assert len(written) == 2
-    asked: list[Any] = []
-    monkeypatch.setattr(gshard_runs, "translate", lambda *given: written)
-    monkeypatch.setattr(gshard_runs, "bleu", lambda *both: asked.append(both) or Bleu(1.0, "watched"))
-    found = gshard_runs.quality(plan, model, replace_parts(one), ("fr", "en"), ends)
-    wanted = [one.target.decode(ids) for ids in one.parts["test/verses"]["en"][:2]]
-    assert asked[:2] == [(written, wanted), (written[::-1], wanted)]
-    own = found["sources"]["verses"]
-    assert own["tokens"] == sum(len(ids) + 1 for ids in one.parts["test/verses"]["en"][:2])
-    assert own["nats"] != own["wrong_nats"]
-    assert own["samples"][0][1:] == [wanted[0], written[0]]
-
-
-def replace_parts(corpus: Any) -> Any:
-    """Return a corpus of verses alone."""
-    return corpus._replace(
-        parts={name: own for name, own in corpus.parts.items() if "/c" not in name and "/h" not in name}
-    )
-
-
-def test_a_wrong_source_is_the_one_of_the_line_before():
-    one = many_to_one(TEXT, split_texts(TEXT, sources().lines))
-    (batch,) = batches_of(one, "test/verses", ("fr", "en"), one.ends(8), 3)
-    moved = exchanged(batch)
-    assert np.array_equal(moved.source, batch.source[[2, 0, 1]])
-    assert np.array_equal(moved.source_mask, batch.source_mask[[2, 0, 1]])
-    assert moved.labels is batch.labels
-    assert batches_of(one, "dev/catalogs", ("sv", "en"), one.ends(8), 3) == []
 
 
 @pytest.mark.parametrize(
@@ -272,9 +115,22 @@ def test_bilingual_models_take_as_long_together_as_one_of_all_languages(done: An
     assert [path.stat().st_size > 1000 for path in pictures.values()] == [True, True]
     assert record["verdict"]["sentence"] in page
     assert "| es (cut) |" in page
+    # What is not ours to hand on is quoted in neither.
+    told = json.dumps(record, ensure_ascii=False)
+    assert not [line for own in BOOK.values() for line in own if line in page or line in told]
     assert "| es-fr | never |" in page
     assert "MoE(2048E, 36L) | 82 | 175 | 542 | 44.3" in page
     assert set(record["tokens_to"]) == {SPARSE, TWIN}
+
+
+def test_the_block_of_the_papers_page_is_of_the_record(done: Any):
+    record = done[0]
+    block = classic_figures.BLOCKS["gshard_quality"](record, "gshard-quality.json")
+    assert record["schema"] == "gatewright.gshard_quality.v1"
+    assert record["verdict"]["sentence"] in block
+    bleu = record["systems"][SPARSE]["seeds"][0]["directions"]["sv-en"]["bleu"]
+    assert f"| sv | {record['data']['pairs']['train']['sv']} | {bleu:.2f} |" in block
+    assert "gshard-quality.json" in block
 
 
 def test_finished_models_are_kept_whatever_else_is_asked_for(done: Any, monkeypatch: pytest.MonkeyPatch):
@@ -301,23 +157,6 @@ def test_only_the_compared_systems_have_all_seeds():
     assert {seed for name, seed in names if name not in (SPARSE, TWIN)} == {0}
     assert sum(share for system, _, _, share in jobs if system.name == BILINGUAL) == pytest.approx(1.0)
     assert len(PLAN.text.seen) == 20 - 4
-
-
-def test_without_the_book_it_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    def is_not_there(**_: Any) -> Any:
-        raise UserError("apt-get is not installed; x; y")
-
-    monkeypatch.setattr(gshard_text, "fetch", lambda **_: tmp_path)
-    monkeypatch.setattr(gshard_text, "verses", lambda folder, language: VERSES[language])
-    monkeypatch.setattr(gshard_text, "fetch_catalogs", lambda **_: tmp_path)
-    monkeypatch.setattr(gshard_text, "catalog_lines", lambda folder: CATALOGS)
-    monkeypatch.setattr(gshard_text, "fetch_handbook", is_not_there)
-    said: list[str] = []
-    found = gshard_text.open_sources(TEXT, said.append)
-    assert set(found.lines) == {"verses", "catalogs"}
-    assert found.missing == {"handbook": "apt-get is not installed; x; y"}
-    assert said == ["going on without the held-out domain: apt-get is not installed; x; y"]
-    assert found.lines["catalogs"]["sv"] == [""] * len(CATALOGS["en"])
 
 
 def test_the_papers_tables_say_what_its_text_says():

@@ -118,7 +118,9 @@ def _systems(plan: QualityPlan, corpora: tuple[Corpus, Corpus], work: Path, prog
         settings = plan.settings(system, corpus)
         asked = (*directions, *plan.text.unseen) if system.name == MANY else directions
         keys = {"plan": shared, "text": text, "model": asdict(settings), "seed": seed, "pair": pair}
-        run = partial(run_model, plan, settings, corpus, directions, asked, seed, work / name, show, share)
+        # A checkpoint of other settings is none to go on from.
+        folder = work / f"{name}-{digest([json.dumps(keys)])[:8]}"
+        run = partial(run_model, plan, settings, corpus, directions, asked, seed, folder, show, share)
         own = kept(work / f"{name}.json", keys, run)
         runs = found.setdefault(system.name, {**_facts(plan, settings), "seeds": {}})["seeds"]
         runs.setdefault(seed, []).append(own)

@@ -16,7 +16,7 @@ from gatewright.beams import BeamSearch, beam_search
 from gatewright.data.parallel import TARGET, PairBatch
 from gatewright.data.translations import Direction, Ends, Translations, first_pairs
 from gatewright.evaluation.bleu import bleu
-from gatewright.experiments.gshard_text import TRAIN, Corpus, TextPlan
+from gatewright.experiments.gshard_text import TRAIN, VERSES, Corpus, TextPlan
 from gatewright.experiments.lab import Record
 from gatewright.generation import for_generation
 from gatewright.papers.gshard import Settings, build, objective
@@ -215,8 +215,9 @@ def quality(plan: QualityPlan, model: Any, corpus: Corpus, direction: Direction,
             "nats": nats, "wrong_nats": wrong, "tokens": count, "lines": len(given), "bleu": score.score,
             "control_bleu": bleu(_moved(written[source]), wanted[source]).score,
             "signature": score.signature,
-            "samples": [[given[0], wanted[source][0], written[source][0]]],
         }  # fmt: skip
+        if source == VERSES:  # the others' licence is not this repository's
+            sources[source]["sample"] = [given[0], wanted[source][0], written[source][0]]
     together = [source for source in written if f"dev/{source}" in corpus.parts]
     texts, references = ([line for s in together for line in of[s]] for of in (written, wanted))
     return {
