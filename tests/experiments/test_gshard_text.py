@@ -1,4 +1,4 @@
-"""The texts of gshard/quality and one model on them: sides, cut and unseen pairs, controls, what is written."""
+"""The texts of gshard/quality and one model on them: sides, cut and unseen pairs, controls, writing."""
 
 from __future__ import annotations
 
