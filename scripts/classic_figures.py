@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gatewright.experiments.distill_pages import distilled_block
+from gatewright.experiments.gshard_page import language_table, token_table
 from gatewright.experiments.interference import text_table, vowel_table
 
 
@@ -100,6 +101,14 @@ def translation_block(record: Mapping[str, Any], source: str) -> str:
     return "\n".join([*lines, "", "BLEU by seed. " + _measured(record, source)]) + "\n"
 
 
+def quality_block(record: Mapping[str, Any], source: str) -> str:
+    """Return quality of 2020 as a sentence, BLEU by language, table 2, and where it was measured."""
+    first = f"The expectation {record['verdict']['sentence']}."
+    held = [f"- {'held' if ok else 'not held'}: {goal}" for goal, ok in record["verdict"]["goals"].items()]
+    tables = language_table(dict(record)), token_table(dict(record))
+    return "\n\n".join([first, "\n".join(held), *tables, "BLEU by seed. " + _measured(record, source)]) + "\n"
+
+
 def _measured(record: Mapping[str, Any], source: str) -> str:
     place = record["environment"]
     return (
@@ -116,4 +125,5 @@ BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "interference": interference_block,
     "translation": translation_block,
     "distilled": distilled_block,
+    "gshard_quality": quality_block,
 }

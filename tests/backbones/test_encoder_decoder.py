@@ -112,6 +112,36 @@ def test_noise_differs_between_the_stacks():
     assert len(set(seen)) == 2
 
 
+def test_dropout_follows_the_key_falls_on_every_part_and_is_off_in_evaluation():
+    net, source, target = model(dropout=0.5), ids(2, 7), ids(2, 6, 2)
+    plain = model()
+    torch.testing.assert_close(net(source, target).logits, plain(source, target).logits)
+    net.train()
+    one, same, other = (net(source, target, key=torch.tensor(k)).logits for k in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
+    with pytest.raises(UserError, match=r"dropout 1\.0; allowed: 0 or more and below 1"):
+        model(dropout=1.0)
+
+
+@pytest.mark.parametrize("part", ["attention", "cross", "feed_forward"])
+def test_half_of_what_a_part_adds_is_dropped(part: str):
+    net = model(dropout=0.5).train()
+    block = next(net.decoder.blocks())
+    for name in ("attention", "cross", "feed_forward"):
+        for weight in getattr(block, name).parameters():
+            weight.data.mul_(name == part)
+    x, states = torch.randn(2, 40, WIDTH, dtype=torch.float64), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    bias, seen = net.decoder.bias(40), torch.zeros(1, 1, 1, 5, dtype=torch.float64)
+    cross = (*block.cross.keys_and_values(states), seen)
+    dropped = block(x, bias, cross, key=torch.tensor(3))[0] - x
+    block.eval()
+    added = block(x, bias, cross)[0] - x
+    zeros = (dropped.abs() < 1e-12) & (added.abs() > 1e-9)
+    assert 0.4 < zeros.double().mean() < 0.6
+    torch.testing.assert_close(dropped[~zeros], 2 * added[~zeros])
+
+
 def test_what_is_tied():
     for tie, shared, headed in (("all", True, True), ("inputs", True, False), ("none", False, False)):
         net = model(tie=tie)

@@ -17,13 +17,12 @@ from gatewright.backbones import DecoderOutput
 from gatewright.beams import BeamSearch, beam_search
 from gatewright.data import parallel
 from gatewright.data.cache import cache_root, file_digest
-from gatewright.data.hashing import digest
 from gatewright.data.parallel import PairStream, fetch, unpack, verses
 from gatewright.data.tokenizer import ByteTokenizer
 from gatewright.errors import RunFailure, UserError
 from gatewright.papers import get_paper
 
-REAL = cache_root() / "parallel" / digest([parallel.PACKAGE, parallel.SHA256])[:32]
+REAL = cache_root() / "parallel" / parallel.folder_key()[:32]
 # Of this test's own: a language that is English backwards, and one that is English in capitals.
 LINES = [f"{a} {b} {c}" for a in ("cat", "dog", "bird") for b in ("sees", "wants") for c in ("fish", "nut")]
 TEXTS = {"backwards": [line[::-1] for line in LINES], "capitals": [line.upper() for line in LINES]}
@@ -62,6 +61,16 @@ def test_an_archive_is_unpacked_if_it_is_the_pinned_one(tmp_path: Path):
     assert verses(tmp_path, "sv") == ["Ett.", "Två."]
     with pytest.raises(UserError, match="language 'de' is not there; allowed: sv"):
         verses(tmp_path, "de")
+
+
+def test_arabic_stands_in_the_file_of_all_and_loses_its_signs(tmp_path: Path):
+    (tmp_path / "own").mkdir()
+    text = json.dumps([{"verses": [{"id": 1, "text": "ٱلۡحَمۡدُ"}, {"id": 2, "text": "مِن\u0640"}]}])
+    (tmp_path / "file").write_text(text, encoding="utf-8")
+    with tarfile.open(tmp_path / "p.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "file", "package/dist/quran.json")
+    unpack(tmp_path / "p.tgz", tmp_path / "own", file_digest(tmp_path / "p.tgz"))
+    assert verses(tmp_path / "own", "ar") == ["الحمد", "من"]
 
 
 def test_fetching_is_npms_and_done_once(tmp_path: Path, monkeypatch):

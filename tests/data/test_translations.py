@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from gatewright.data import ByteTokenizer
 from gatewright.data.hashing import permutation
-from gatewright.data.translations import PARTS, Ends, Translations, encode_lines, split_lines
+from gatewright.data.translations import (
+    PARTS,
+    Ends,
+    Translations,
+    cut_lines,
+    encode_each,
+    encode_lines,
+    first_pairs,
+    split_lines,
+)
 from gatewright.errors import UserError
 
 END = 259
@@ -106,6 +115,44 @@ def test_a_line_counts_where_it_is_short_enough_in_every_language():
         "en": [[97, 98]],
         "xx": [[97]],
     }
+
+
+def test_lines_that_are_missing_do_not_belong_together():
+    texts = {"a": [f"a{i}" for i in range(40)], "b": [""] * 40}
+    found = split_lines(texts, 0, 0.25)
+    assert {part: len(own) for part, own in found.items()} == {"train": 20, "dev": 10, "test": 10}
+
+
+def test_a_missing_line_is_no_pair_and_a_source_may_end_with_its_own_id():
+    own = encode_each(
+        {"en": ["a", "b", "", "abcd"], "xx": ["A", "", "C", "D"]},
+        {"en": ByteTokenizer(), "xx": ByteTokenizer()},
+        longest=3,
+    )
+    assert [len(ids) for ids in own["en"]] == [1, 1, 0, 0]  # the last is too long
+    one = Translations(own, (("xx", "en"),), Ends({"en": 257}, END, source_end=300), batch_size=1)
+    ((_, source, labels),) = one.pairs
+    assert source.tolist() == [257, 65, 300]
+    assert labels.tolist() == [97, END]
+    assert [ids.tolist() for ids in first_pairs(own, ("en", "xx"), 5)["xx"]] == [[65]]
+    many = encode_each(
+        {"en": ["a"] * 4, "xx": list("ABCD")}, {"en": ByteTokenizer(), "xx": ByteTokenizer()}, 3
+    )
+    assert [ids.tolist() for ids in first_pairs(many, ("xx", "en"), 2)["xx"]] == [[65], [66]]
+
+
+def test_a_cut_leaves_a_share_of_one_languages_pairs():
+    texts = {"en": [f"e{i}" if i % 2 else "" for i in range(400)], "xx": [f"x{i}" for i in range(400)]}
+    texts["yy"] = [f"y{i}" for i in range(400)]
+    cut = cut_lines(texts, "xx", "en", 0.05, 0)
+    left = [i for i, line in enumerate(cut["xx"]) if line]
+    assert len(left) == 10  # 5 % of the 200 that English has too
+    assert all(i % 2 and cut["xx"][i] == f"x{i}" for i in left)
+    assert max(left) > 200 > min(left)  # not the first ones
+    assert cut["en"] == texts["en"]
+    assert cut["yy"] == texts["yy"]
+    with pytest.raises(UserError, match=r"share 0; allowed: above 0, up to 1"):
+        cut_lines(texts, "xx", "en", 0, 0)
 
 
 def test_what_cannot_be_is_refused_in_one_line():

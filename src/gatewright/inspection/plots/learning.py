@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
-def draw_learning(systems: Mapping[str, Sequence[Curve]], axis: str, path: Path) -> None:
-    """Write a picture of every run of every system over epochs from 1, on a logarithmic axis."""
+def draw_learning(
+    systems: Mapping[str, Sequence[Curve]],
+    axis: str,
+    path: Path,
+    along: str = "epochs: passes over the training cases",
+    bottom: float | None = 0.0,
+) -> None:
+    """Write a picture of every run of every system over epochs from 1, or what else `along` says, on a
+    logarithmic axis; `bottom` None frames what is there.
+    """
 
     from matplotlib.ticker import FuncFormatter
 
@@ -31,15 +39,16 @@ def draw_learning(systems: Mapping[str, Sequence[Curve]], axis: str, path: Path)
                 else:
                     axes.plot(epochs, errors, label=label, linewidth=1.1, alpha=0.85, color=colour)
         axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        if bottom is not None:
+            axes.set_ylim(bottom=bottom)
         # Plain numbers: the theme sets no formulas, which the usual labels of a logarithmic axis are.
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(axis="y")
-        axes.set_xlabel("epochs: passes over the training cases")
+        axes.set_xlabel(along)
         axes.set_ylabel(axis)
         figure.legend(loc="outside upper left", ncols=3, fontsize=7.5)
         return figure
 
-    image = render("learning", draw, alt="error of every system by epoch", caption="")
+    image = render("learning", draw, alt=f"{axis} of every system", caption="")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(image.light)
