@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gatewright.data.parallel import exchanged
 from gatewright.errors import UserError
 from gatewright.evaluation.bleu import Bleu
 from gatewright.experiments import gshard_runs, gshard_text
-from gatewright.experiments.gshard_runs import batches_of, exchanged
+from gatewright.experiments.gshard_runs import batches_of
 from gatewright.experiments.gshard_text import many_to_many, many_to_one, split_texts
 from tests.experiments.gshard_words import CATALOGS, TEXT, TINY, TRANSLATE, VERSES, no_search, sources
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from gatewright.backbones import PairModel
 from gatewright.beams import BeamSearch, beam_search
-from gatewright.data.parallel import TARGET, PairBatch
+from gatewright.data.parallel import TARGET, PairBatch, exchanged
 from gatewright.data.translations import Direction, Ends, Translations, first_pairs
 from gatewright.evaluation.bleu import bleu
 from gatewright.experiments.gshard_text import TRAIN, VERSES, Corpus, TextPlan
@@ -171,15 +170,6 @@ def batches_of(corpus: Corpus, part: str, direction: Direction, ends: Ends, most
     own = first_pairs(corpus.parts[part], direction, most)
     count = len(own[direction[0]])
     return Translations(own, (direction,), ends, batch_size=count).in_order(0) if count else []
-
-
-def exchanged(batch: PairBatch) -> PairBatch:
-    """Return the batch with each target beside the source of the line before it: the control of a model that
-    does not look at its source.
-    """
-    return replace(
-        batch, source=np.roll(batch.source, 1, axis=0), source_mask=np.roll(batch.source_mask, 1, axis=0)
-    )
 
 
 def loss_of(model: PairModel, batches: Sequence[PairBatch]) -> tuple[float, int]:
