@@ -42,14 +42,12 @@ TOLD = (
     "sys.argv = ['convert', *sys.argv[2:]]; "
     "runpy.run_path(conversion.__path__[0] + '/../convert_hf_to_gguf.py', run_name='__main__')"
 )
-SCRIPT = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 NAMES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 
 
 def their_gguf(folder: Path, file: Path, told: bool) -> Path:
     """Return the file that their converter makes of a folder."""
-    script = f"{SOURCES}/convert_hf_to_gguf.py"
-    more = ["-c", TOLD, SOURCES] if told else ["-c", SCRIPT, script]
+    more = ["-c", TOLD, SOURCES] if told else [f"{SOURCES}/convert_hf_to_gguf.py"]
     command = [sys.executable, *more, str(folder), "--outtype", "f32", "--outfile", str(file)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
