@@ -62,7 +62,7 @@ def lab_page(record: Record, title: str) -> str:
         "MaxVio, training batches",
         "MaxVio, validation",
         "dropped in training",
-        "dead experts of both layers",
+        "dead experts of all layers",
         "active FLOPs of FFN per token",
         "step time over the baseline's",
     ]

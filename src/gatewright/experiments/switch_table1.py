@@ -109,9 +109,10 @@ def _table(record: Record) -> list[str]:
     """Return a row per arm: its way to the threshold, and what a step of it costs."""
     lines = [
         "Threshold: the highest final bits per byte of any arm in the same seed, which every arm reaches "
-        "(linear between evaluations). Time: steps times the step time over the dense twin's, in dense steps, in "
-        "two forms: all E C places computed (padded), and kept rows only, which hides what a capacity costs. Evaluated "
-        "without drops in every arm. Gap: bits per byte below the dense twin at equal steps.",
+        "(linear between evaluations). Time: steps times the step time over the dense twin's, in dense "
+        "steps, in two forms: all E C places computed (padded), and kept rows only, which hides what a "
+        "capacity costs. Evaluated without drops in every arm. Gap: bits per byte below the dense twin at "
+        "equal steps.",
         "",
         "| arm | gap to the dense twin | steps to its final quality | steps to threshold | step time, padded "
         "| step time | time to threshold, padded | time to threshold | padded FLOPs of a layer's experts per "

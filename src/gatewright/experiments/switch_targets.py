@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from gatewright.experiments import switch_table1
+from gatewright.experiments import switch_table1, switch_table3
 from gatewright.experiments.lab import Record
 
 Result = tuple[Record, str, dict[str, Path]]
 SWITCH: dict[str, tuple[str, Callable[[Path, bool], Result]]] = {
     "switch/table1": (switch_table1.CLAIM, switch_table1.run_switch_table1),
+    "switch/table3": (switch_table3.CLAIM, switch_table3.run_switch_table3),
 }
