@@ -40,6 +40,7 @@ PLAN = Plan(
     rows=8,
     steps=768,
     eval_bytes=65_536,
+    timing_rounds=31,
 )
 CLAIM = (
     "a router in bf16 makes Switch diverge or end at least 0.01 bits per byte above selective precision, and "
@@ -51,6 +52,7 @@ CLAIM = (
 def run_switch_table2(work: Path, quick: bool) -> tuple[Record, str, dict[str, Path]]:
     """Return the record, its page and its pictures; quick: one seed, an eighth of the steps."""
     plan, shares = quick_form(PLAN) if quick else PLAN, {}
+    work.mkdir(parents=True, exist_ok=True)
     for name in ("bf16", "selective"):
         path, settings = work / f"{name}-router.json", {"arm": name, "rounds": plan.timing_rounds}
         shares[name] = kept(path, settings, partial(router_share, plan, plan.arm(name)))
