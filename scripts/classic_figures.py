@@ -100,6 +100,11 @@ def translation_block(record: Mapping[str, Any], source: str) -> str:
     return "\n".join([*lines, "", "BLEU by seed. " + _measured(record, source)]) + "\n"
 
 
+def slots_block(record: Mapping[str, Any], source: str) -> str:
+    """Return how one batch fills its experts' places as a sentence, and where it was measured."""
+    return f"Drawn: {record['verdict']['sentence']}.\n\n{_measured(record, source)}\n"
+
+
 def _measured(record: Mapping[str, Any], source: str) -> str:
     place = record["environment"]
     return (
@@ -116,4 +121,5 @@ BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "interference": interference_block,
     "translation": translation_block,
     "distilled": distilled_block,
+    "slots": slots_block,
 }

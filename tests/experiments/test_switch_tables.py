@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from gatewright.experiments import (
     lab,
     switch_drops,
     switch_figure1,
+    switch_slots,
     switch_table2,
     switch_table3,
 )
@@ -25,6 +27,7 @@ from gatewright.experiments.steps import Stepper
 from gatewright.parts.routing import RoutingCall
 from tests.experiments.test_paper_arms import Batches
 from tests.experiments.test_switch_arms import differing, small
+from tests.training.runs import FixedText
 
 
 def at_steps(*runs: list[float] | None) -> dict[str, Any]:
@@ -291,3 +294,22 @@ def test_the_router_s_share_is_its_time_over_the_pass_s(monkeypatch: pytest.Monk
     add = switch_table2.timed(lambda a, b: a + b, total)
     assert (add(1, b=2), add(3, 4)) == (3, 7)
     assert total == [2.5]
+
+
+def test_places_of_a_batch_add_up_and_choices_do_not_depend_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(switch_slots, "open_corpus", lambda *_, **__: FixedText())
+    monkeypatch.setattr(switch_slots, "PLAN", small(switch_slots.PLAN, width=16))
+    record, page, pictures = switch_slots.run_slots(tmp_path, quick=False)
+    tight, loose = record["factors"]
+    # 2 x 8 tokens over 16 experts: an even share is 1; ceil(1.5) is 2.
+    assert (record["tokens"], tight["places"], loose["places"]) == (16, 1, 2)
+    assert tight["counts"] == loose["counts"]
+    for own in (tight, loose):
+        assert sum(own["counts"]) == 16
+        assert own["kept"] == [min(made, own["places"]) for made in own["counts"]]
+    lost = 16 - sum(tight["kept"])
+    assert f"{16 - lost} of 16 places are filled, {lost} stay empty and {lost} tokens overflow" in page
+    assert pictures["batch"].read_bytes().startswith(b"\x89PNG")
+    json.dumps(record, allow_nan=False)
