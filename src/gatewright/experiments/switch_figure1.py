@@ -111,7 +111,7 @@ def figure1_verdict(record: Record) -> Record:
         "gaps_bpb": {name: list(map(finite, gaps(record, named(1), name))) for name in names[1:]},
         "table": _table(record, law),
         "sentence": f"{word}: each doubling changes the mean by {', '.join(f'{v:+.4f}' for v in falls)} bits "
-        f"per byte; {law.a:.3g} N^-{law.b:.4f} from 1 to 32 experts predicts {predicted:.4f} for 64 (95 % "
+        f"per byte; {law.a:.3g} N^{-law.b:.4f} from 1 to 32 experts predicts {predicted:.4f} for 64 (95 % "
         f"from {low:.4f} to {high:.4f}), measured {means[-1]:.4f}, {100 * off:+.2f} %; 64 experts end "
         f"{interval(gaps(record, named(1), named(64)))} below the dense twin",
     }

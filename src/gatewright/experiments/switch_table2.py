@@ -123,6 +123,12 @@ def table2_verdict(shares: Record, record: Record) -> Record:
     }
 
 
+def recorded_verdict(record: Record) -> Record:
+    """Return the verdict of a record that holds the router's share of the time already."""
+    took = record["verdict"]["router_share_of_forward_time"]
+    return table2_verdict({name: {"share": share} for name, share in took.items()}, record)
+
+
 def _whole(record: Record, name: str) -> bool:
     """Say whether no seed of an arm diverged."""
     return all(map(math.isfinite, bits(record, name)))
