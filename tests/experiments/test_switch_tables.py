@@ -1,4 +1,4 @@
-"""Table 3, drops, figure 1 and places of the Switch Transformer: what arms differ in, and verdicts by hand."""
+"""Table 3, drops, figure 1 and places of the Switch Transformer: what arms differ in, verdicts by hand."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ def run_slots(work: Path, quick: bool) -> tuple[Record, str, dict[str, Path]]:
     plan = quick_form(PLAN) if quick else PLAN
     work.mkdir(parents=True, exist_ok=True)
     settings = {"steps": plan.steps, "rows": plan.rows, "factors": list(FACTORS)}
-    record = {"schema": "gatewright.slots.v1", "target": "switch/slots", "claim": CLAIM, "quick": quick}
+    record: Record = {"schema": "gatewright.slots.v1", "target": "switch/slots"}
+    record |= {"claim": CLAIM, "quick": quick}
     record |= {"steps": plan.steps, **kept(work / "slots.json", settings, partial(routed, plan))}
     record |= {"environment": environment("cpu"), "created": now(), "verdict": slots_verdict(record)}
     path = work / "batch.png"
@@ -59,7 +61,8 @@ def routed(plan: Plan) -> Record:
         d: take_bytes(corpus.valid(d).tokens, corpus.tokenizer.byte_lengths, share) for d in corpus.domains
     }
     batch = next(windows(texts, plan.rows, plan.context))
-    layer, found = stepper.model.layers[0].feed_forward, []
+    layer: Any = stepper.model.layers[0].feed_forward
+    found = []
     stepper.model.eval()
     for factor in FACTORS:
         layer.capacity = Capacity(factor, per_token=True)
