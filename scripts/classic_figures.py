@@ -109,6 +109,11 @@ def quality_block(record: Mapping[str, Any], source: str) -> str:
     return "\n\n".join([first, "\n".join(held), *tables, "BLEU by seed. " + _measured(record, source)]) + "\n"
 
 
+def slots_block(record: Mapping[str, Any], source: str) -> str:
+    """Return how one batch fills its experts' places as a sentence, and where it was measured."""
+    return f"Drawn: {record['verdict']['sentence']}.\n\n{_measured(record, source)}\n"
+
+
 def _measured(record: Mapping[str, Any], source: str) -> str:
     place = record["environment"]
     return (
@@ -126,4 +131,5 @@ BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "translation": translation_block,
     "distilled": distilled_block,
     "gshard_quality": quality_block,
+    "slots": slots_block,
 }

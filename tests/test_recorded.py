@@ -23,6 +23,12 @@ from gatewright.experiments import (
     local_figures,
     local_table1,
     rules_compared,
+    switch_drops,
+    switch_figure1,
+    switch_slots,
+    switch_table1,
+    switch_table2,
+    switch_table3,
 )
 from gatewright.experiments.quickstart import PLANS
 from gatewright.experiments.sweep import best_rate
@@ -116,6 +122,38 @@ def test_a_comparison_s_verdict_follows_from_its_numbers(name: str) -> None:
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     first, _, second = name.partition("-")
     assert set(expected[first][second]) == {"metric", "sign", "least_effect"}
+
+
+SWITCH = {
+    "switch-table1": (switch_table1.PLAN, switch_table1.table1_verdict),
+    "switch-table2": (switch_table2.PLAN, switch_table2.recorded_verdict),
+    "switch-table3": (switch_table3.PLAN, switch_table3.table3_verdict),
+    "switch-drops": (switch_drops.PLAN, switch_drops.drops_verdict),
+    "switch-figure1": (switch_figure1.PLAN, switch_figure1.figure1_verdict),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SWITCH if (ROOT / f"{name}.json").is_file()])
+def test_the_switch_tables_that_are_recorded_are_as_planned_and_their_verdicts_follow(name: str) -> None:
+    record, (plan, verdict) = read(name), SWITCH[name]
+    assert record["plan"] == lab._shared(plan)
+    assert set(record["arms"]) == {arm.name for arm in plan.arms}
+    for arm in plan.arms:
+        held = record["arms"][arm.name]
+        assert [own["seed"] for own in held["seeds"]] == list(plan.seeds)
+        assert {key: held[key] for key in lab._plain(arm)} == lab._plain(arm)
+    assert json.loads(json.dumps(verdict(record))) == record["verdict"]
+    assert record["verdict"]["sentence"] in (ROOT / f"{name}.md").read_text(encoding="utf-8")
+    assert not record["quick"]
+
+
+def test_the_places_of_one_batch_are_recorded_and_their_sentence_follows() -> None:
+    record = read("switch-slots")
+    assert [own["factor"] for own in record["factors"]] == list(switch_slots.FACTORS)
+    assert record["steps"] == switch_slots.PLAN.steps
+    assert switch_slots.slots_verdict(record) == record["verdict"]
+    assert switch_slots.slots_page(record) == (ROOT / "switch-slots.md").read_text(encoding="utf-8")
+    assert not record["quick"]
 
 
 def test_table_1_of_1991_is_recorded_in_full_and_its_verdict_follows() -> None:

@@ -100,7 +100,7 @@ def test_every_arm_and_seed_is_run_once_and_kept(
 
 def test_arms_of_a_seed_see_the_same_tokens_and_seeds_differ(fixed: None):
     text = cast(Corpus, FixedText())
-    one, other = (lab._stepper(TINY, arm, text, 0) for arm in (ARMS[0], ARMS[1]))
+    one, other = (lab.stepper_of(TINY, arm, text, 0) for arm in (ARMS[0], ARMS[1]))
     assert (one.stream.batch(3) == other.stream.batch(3)).all()
     bits = [lab.train(TINY, ARMS[1], text, seed)["valid_bpb"] for seed in (0, 0, 1)]
     assert bits[0] == bits[1] != bits[2]

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gatewright.backbones import Decoder, LanguageModel, initialise
+from gatewright.backbones import Decoder, LanguageModel, count_cost, initialise, on_no_memory
 from gatewright.data import Corpus, open_corpus
-from gatewright.evaluation import bits_per_byte, take_bytes
+from gatewright.evaluation import Bits, bits_per_byte, take_bytes
+from gatewright.experiments.lab_counts import balance_of, counted_over, windows
 from gatewright.experiments.steps import Stepper, step_time_ratio
 from gatewright.parts import MLP, Capacity, MoELayer, build_router, router_info
 from gatewright.training.checkpoint import write_atomic
+from gatewright.training.precision import autocast, set_router_dtype
 from gatewright.training.runlog import Progress
 
 Record = dict[str, Any]
@@ -33,6 +34,8 @@ class Arm:
     """One router with its losses. `router` None is the dense twin: one MLP of `expert_width`.
 
     `losses`: weight of each loss, by the names of `gatewright.parts.LOSSES`. `options` are the rule's own.
+    `init_scale` s draws every matrix with variance s / fan_in; `precision` and `router_dtype` are what the
+    model and its routers compute in ("fp32", "bf16").
     """
 
     name: str
@@ -45,11 +48,18 @@ class Arm:
     capacity: Capacity | None = None
     note: str = ""
     num_shared_experts: int = 0
+    init_scale: float = 1.0
+    precision: str = "fp32"
+    router_dtype: str = "fp32"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all arms share. `steps` optimizer steps of `rows` sequences of `context` tokens."""
+    """What all arms share. `steps` optimizer steps of `rows` sequences of `context` tokens.
+
+    `evaluations` of the validation text, evenly along a run; `padded`: step times with every place of every
+    expert computed, filled or not, as well.
+    """
 
     arms: tuple[Arm, ...]
     baseline: str
@@ -65,6 +75,9 @@ class Plan:
     weight_decay: float = 0.1
     eval_bytes: int = 131_072
     timing_rounds: int = 11
+    evaluations: int = 1
+    padded: bool = False
+    quick_seeds: int = 1
 
     def arm(self, name: str) -> Arm:
         """Return the arm of that name."""
@@ -93,7 +106,8 @@ def build(plan: Plan, arm: Arm, vocab_size: int, seed: int) -> Decoder:
             )
         )
     model = Decoder(vocab_size, plan.width, plan.num_heads, layers, context=plan.context)
-    return initialise.fan_in(model, embedding_std=plan.width**-0.5)  # type: ignore[return-value]
+    set_router_dtype(model, arm.router_dtype)
+    return initialise.fan_in(model, arm.init_scale, plan.width**-0.5)  # type: ignore[return-value]
 
 
 def run_plan(plan: Plan, work: Path, about: str) -> Record:
@@ -114,7 +128,12 @@ def run_plan(plan: Plan, work: Path, about: str) -> Record:
             settings = {"arm": _plain(arm), "plan": _shared(plan), "baseline": plan.baseline}
             path = work / f"{arm.name}-time.json".replace("/", "-")
             arms[arm.name]["step_time"] = kept(path, settings, partial(_times, plan, arm, corpus))
+            if plan.padded:
+                path = work / f"{arm.name}-padded-time.json".replace("/", "-")
+                own = kept(path, settings, partial(_times, plan, arm, corpus, "padded"))
+                arms[arm.name]["padded_step_time"] = own
             arms[arm.name]["active_flops"] = _active_flops(plan, arm, arms[arm.name]["seeds"])
+            arms[arm.name]["cost"] = cost_of(plan, arm, corpus.tokenizer.vocab_size)
     return {
         "schema": "gatewright.arms.v1",
         "plan": _shared(plan),
@@ -127,8 +146,33 @@ def run_plan(plan: Plan, work: Path, about: str) -> Record:
 def _plain(arm: Arm) -> Record:
     """Return an arm as plain data."""
     told: Record = json.loads(json.dumps(asdict(arm), default=str))
-    # Arms that were kept or recorded before there were shared experts stay what they are.
-    return {key: value for key, value in told.items() if key != "num_shared_experts" or value}
+    return {key: value for key, value in told.items() if _says(key, value)}
+
+
+# Fields that came later: what was kept or recorded without them stays what it is.
+_LATER = {"num_shared_experts": 0, "init_scale": 1.0, "precision": "fp32", "router_dtype": "fp32"}
+_LATER |= {"evaluations": 1, "padded": False, "quick_seeds": 1}
+
+
+def _says(key: str, value: Any) -> bool:
+    """Say whether a field is told: those that came later only where they are not what they were."""
+    return key not in _LATER or value != _LATER[key]
+
+
+def cost_of(plan: Plan, arm: Arm, vocab_size: int) -> Record:
+    """Return an arm's parameters, and its forward FLOPs per token by part; "padded" is what one layer's
+    experts cost with all E C places computed, filled or not.
+    """
+    with on_no_memory():
+        model = build(plan, arm, vocab_size, 0)
+    cost = count_cost(model, plan.context)
+    record: Record = {"total_parameters": cost.total_parameters, "flops": cost.flops}
+    if arm.capacity is not None:
+        tokens = plan.rows * plan.context
+        places = arm.capacity.places(arm.num_selected, tokens, arm.num_experts, True)
+        share = arm.num_experts * places / tokens
+        record["padded"] = 2.0 * 3 * plan.width * arm.expert_width * share
+    return record
 
 
 def _facts(arm: Arm) -> Record:
@@ -151,7 +195,8 @@ def _active_flops(plan: Plan, arm: Arm, seeds: list[Record]) -> float:
 
 def _shared(plan: Plan) -> Record:
     """Return what all arms of a plan share, as plain data."""
-    return {k: v for k, v in json.loads(json.dumps(asdict(plan), default=str)).items() if k != "arms"}
+    told = json.loads(json.dumps(asdict(plan), default=str))
+    return {k: v for k, v in told.items() if k != "arms" and _says(k, v)}
 
 
 def kept(path: Path, settings: Record, work: Callable[[], Record]) -> Record:
@@ -166,100 +211,69 @@ def kept(path: Path, settings: Record, work: Callable[[], Record]) -> Record:
     return record
 
 
-def _stepper(plan: Plan, arm: Arm, corpus: Corpus, seed: int) -> Stepper:
+def stepper_of(plan: Plan, arm: Arm, corpus: Corpus, seed: int) -> Stepper:
     """Return what trains one arm."""
     model = build(plan, arm, corpus.tokenizer.vocab_size, seed)
     stream = corpus.stream(plan.rows, plan.context, seed=0)
-    return Stepper(model, stream, plan, arm.losses, seed)
+    return Stepper(model, stream, plan, arm.losses, seed, arm.precision)
 
 
 def train(plan: Plan, arm: Arm, corpus: Corpus, seed: int) -> Record:
     """Return what one arm came to with one seed: quality, balance and drops."""
-    stepper = _stepper(plan, arm, corpus, seed)
-    curve, late = [], []
+    stepper = stepper_of(plan, arm, corpus, seed)
+    texts, curve, late = _texts(plan, corpus), [], []
+    path: list[Record] = []
+    every = max(plan.steps // plan.evaluations, 1)
     for step in range(plan.steps):
         loss, counted = stepper.advance()
         if not math.isfinite(loss):
-            return {"seed": seed, "diverged_at": step + 1, "valid_bpb": None}
+            lost = {"seed": seed, "diverged_at": step + 1, "valid_bpb": None}
+            return lost | ({"path": path} if plan.evaluations > 1 else {})
         if (step + 1) % max(plan.steps // 20, 1) == 0:
             curve.append({"step": step + 1, "loss": loss})
         if step >= plan.steps * 4 // 5:
             late.append(counted)
-    lengths = corpus.tokenizer.byte_lengths
-    share = max(1, plan.eval_bytes // len(corpus.domains))
-    texts = {d: take_bytes(corpus.valid(d).tokens, lengths, share) for d in corpus.domains}
-    bits = bits_per_byte(stepper.model, texts, lengths, context=plan.context, batch_size=plan.rows)
+        if plan.evaluations > 1 and (step + 1) % every == 0 and step + 1 < plan.steps:
+            own = _bits(plan, arm, corpus, stepper.model, texts)
+            path.append({"step": step + 1, "valid_bpb": own.bits_per_byte})
+    bits = _bits(plan, arm, corpus, stepper.model, texts)
     record: Record = {
         "seed": seed,
         "valid_bpb": bits.bits_per_byte,
         "num_bytes": bits.num_bytes,
         "curve": curve,
     }
+    if plan.evaluations > 1:
+        record["path"] = [*path, {"step": plan.steps, "valid_bpb": bits.bits_per_byte}]
     if arm.router is not None:
-        windows = _windows(texts, plan)
-        record |= {"training": balance_of(late), "validation": balance_of([_counted(stepper.model, windows)])}
+        shown = windows(texts, plan.rows, plan.context)
+        counts = counted_over(stepper.model, shown)
+        record |= {"training": balance_of(late), "validation": balance_of([counts])}
     return record
 
 
-def _windows(texts: Mapping[str, Any], plan: Plan) -> Iterator[Tensor]:
-    """Yield [rows, context] batches of whole windows, the domains mixed evenly."""
-    rows = []
-    for tokens in texts.values():
-        flat = torch.as_tensor(tokens, dtype=torch.int64)
-        rows.append(flat[: len(flat) // plan.context * plan.context].view(-1, plan.context))
-    fewest = min(len(own) for own in rows)
-    mixed = torch.stack([own[:fewest] for own in rows], dim=1).flatten(0, 1)
-    yield from mixed[: len(mixed) // plan.rows * plan.rows].split(plan.rows)
+def _texts(plan: Plan, corpus: Corpus) -> dict[str, Any]:
+    """Return the validation text, the domains in equal shares."""
+    share = max(1, plan.eval_bytes // len(corpus.domains))
+    lengths = corpus.tokenizer.byte_lengths
+    return {d: take_bytes(corpus.valid(d).tokens, lengths, share) for d in corpus.domains}
 
 
-@torch.no_grad()
-def _counted(model: LanguageModel, windows: Iterator[Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return each router's counts over validation text, in evaluation mode."""
-    total: dict[str, dict[str, Tensor]] = {}
-    model.eval()
-    for window in windows:
-        for name, record in model(window).stats.items():
-            own = {key: getattr(record, key) for key in ("counts", "kept", "tokens", "unrouted")}
-            held = total.get(name)
-            total[name] = own if held is None else {k: held[k] + v for k, v in own.items()}
-    model.train()
-    return total
+def _bits(plan: Plan, arm: Arm, corpus: Corpus, model: LanguageModel, texts: Mapping[str, Any]) -> Bits:
+    """Return the quality of a model as it stands, in its own precision."""
+    return bits_per_byte(
+        model,
+        texts,
+        corpus.tokenizer.byte_lengths,
+        context=plan.context,
+        batch_size=plan.rows,
+        autocast=autocast(arm.precision, torch.device("cpu")),
+    )
 
 
-def balance_of(steps: list[dict[str, dict[str, Tensor]]]) -> Record:
-    """Return how even the load was: means over routers, and over steps where there are several.
-
-    `max_violation` (max load - mean) / mean (Loss-Free Balancing, eq 4); `dropped` share of assignments;
-    `unrouted` share of tokens; `experts_per_token` computed; `dead` experts with less than a tenth of an
-    even share over all the steps.
-    """
-    violations, dropped, unrouted, active, dead = [], [], [], [], []
-    for name in steps[0]:
-        summed = sum((step[name]["counts"] for step in steps[1:]), steps[0][name]["counts"]).double()
-        even = summed.sum() / summed.shape[0]
-        dead.append(int((summed < even / 10).sum()))
-        for step in steps:
-            own = {key: value.double() for key, value in step[name].items()}
-            mean = own["counts"].mean().clamp(min=1e-9)
-            violations.append(float((own["counts"].max() - mean) / mean))
-            made, tokens = own["counts"].sum().clamp(min=1), own["tokens"].clamp(min=1)
-            dropped.append(float(1 - own["kept"].sum() / made))
-            unrouted.append(float(own["unrouted"] / tokens))
-            active.append(float(own["kept"].sum() / tokens))
-
-    def mean_of(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    return {
-        "max_violation": mean_of(violations),
-        "dropped": mean_of(dropped),
-        "unrouted": mean_of(unrouted),
-        "experts_per_token": mean_of(active),
-        "dead": dead,
-    }
-
-
-def _times(plan: Plan, arm: Arm, corpus: Corpus) -> Record:
+def _times(plan: Plan, arm: Arm, corpus: Corpus, backend: str | None = None) -> Record:
     """Return the step time of an arm over the baseline's, from alternating steps of both."""
-    sides = [_stepper(plan, own, corpus, 0) for own in (plan.arm(plan.baseline), arm)]
+    sides = [stepper_of(plan, own, corpus, 0) for own in (plan.arm(plan.baseline), arm)]
+    for layer in (part for side in sides for part in side.model.modules() if isinstance(part, MoELayer)):
+        layer.backend = backend
     return step_time_ratio(sides[0], sides[1], plan.timing_rounds)

@@ -62,7 +62,7 @@ def lab_page(record: Record, title: str) -> str:
         "MaxVio, training batches",
         "MaxVio, validation",
         "dropped in training",
-        "dead experts of both layers",
+        "dead experts of all layers",
         "active FLOPs of FFN per token",
         "step time over the baseline's",
     ]
@@ -85,6 +85,7 @@ def lab_page(record: Record, title: str) -> str:
         "|" + "---|" * len(head),
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
+        *record["verdict"].get("table", []),
         f"Decoder of width {plan['width']}, {plan['num_layers']} layers, {plan['steps']} steps of "
         f"{plan['rows']} x {plan['context']} tokens (bytes of the default corpus), AdamW at "
         f"{plan['learning_rate']:g} for all arms, weight decay {plan['weight_decay']:g}; seeds "

@@ -43,6 +43,7 @@ from gatewright.experiments.pages import race_page
 from gatewright.experiments.quickstart import HOUR, QUICKSTART, RacePlan, run_plan
 from gatewright.experiments.rules_compared import CLAIM as COMPARE_CLAIM
 from gatewright.experiments.rules_compared import run_compare
+from gatewright.experiments.switch_targets import SWITCH
 from gatewright.experiments.translation import CLAIM as TRANSLATION_CLAIM
 from gatewright.experiments.translation import run_translation
 from gatewright.training.checkpoint import write_atomic
@@ -115,7 +116,7 @@ TARGETS: dict[str, Target] = {
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
     **{
         name: Target(name, claim, run)
-        for name, (claim, run) in {**FIGURES, **GATED, **DISTILLED, **GRANULAR}.items()
+        for name, (claim, run) in {**FIGURES, **GATED, **DISTILLED, **GRANULAR, **SWITCH}.items()
     },
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from gatewright.backbones import LanguageModel
 from gatewright.objectives import NextToken
 from gatewright.parts.draws import fold
+from gatewright.training.precision import autocast
 from gatewright.training.state import update_rules
 
 Counted = dict[str, dict[str, Tensor]]
@@ -59,8 +60,10 @@ class Stepper:
         settings: StepSettings,
         losses: Mapping[str, float],
         seed: int,
+        precision: str = "fp32",
     ) -> None:
         self.model, self.stream, self.settings, self.seed = model, stream, settings, seed
+        self.precision = precision
         self.objective = NextToken(losses=dict(losses))
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -81,8 +84,9 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = torch.from_numpy(self.stream.batch(self.step))
-        output = self.model(batch[:, :-1], key=fold(torch.tensor(self.seed), self.step))
-        loss = self.objective(output, batch[:, 1:])
+        with autocast(self.precision, batch.device):
+            output = self.model(batch[:, :-1], key=fold(torch.tensor(self.seed), self.step))
+            loss = self.objective(output, batch[:, 1:])
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
