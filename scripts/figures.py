@@ -95,6 +95,7 @@ def arms_block(record: Mapping[str, Any], source: str) -> str:
     place = record["environment"]
     lines += [
         "",
+        *record["verdict"].get("table", []),
         f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
         f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
         f"taken from `reproductions/{source}`.",

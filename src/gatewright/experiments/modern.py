@@ -1,0 +1,13 @@
+"""The experiments on Mixtral, OLMoE and DeepSeek-V3 that train the papers' own models, by target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gatewright.experiments import olmoe_dense
+from gatewright.experiments.trial_pages import Result
+
+MODERN: dict[str, tuple[str, Callable[[Path, bool], Result]]] = {
+    "olmoe/dense": (olmoe_dense.CLAIM, olmoe_dense.run_olmoe_dense),
+}
