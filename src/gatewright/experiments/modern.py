@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from gatewright.experiments import olmoe_dense
+from gatewright.experiments import mixtral_routing, olmoe_dense
 from gatewright.experiments.trial_pages import Result
 
 MODERN: dict[str, tuple[str, Callable[[Path, bool], Result]]] = {
+    "mixtral/routing": (mixtral_routing.CLAIM, mixtral_routing.run_routing),
     "olmoe/dense": (olmoe_dense.CLAIM, olmoe_dense.run_olmoe_dense),
 }
