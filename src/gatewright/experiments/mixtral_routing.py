@@ -132,8 +132,8 @@ def routing_verdict(record: Record) -> Record:
         "table": _table(record),
         "sentence": f"{'held' if held else 'did not hold'}: the first choice repeats in {told} of "
         f"neighbouring tokens in the first, the middle and the last layer, {100 * chance:.1f} % by chance; "
-        f"the last layer's share lies above chance by {interval(more)}, and is {100 * by_use:.1f} % where the "
-        "tokens are shuffled",
+        f"the last layer's share lies above chance by {interval(more)}, and is {100 * by_use:.1f} % with the "
+        "tokens shuffled",
     }
 
 
