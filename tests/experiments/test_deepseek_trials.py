@@ -6,11 +6,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gatewright.backbones import Decoder
-from gatewright.experiments import deepseek_mtp, trials
+from gatewright.experiments import balance_scope, deepseek_mtp, trials
+from gatewright.experiments.balance_scope import BATCH, FREE, SEQUENCE
 from gatewright.experiments.deepseek_mtp import OFF, ON
 from gatewright.experiments.registry import TARGETS
 from gatewright.experiments.trials import Course, paper_trial
@@ -45,7 +47,7 @@ def model() -> Decoder:
 
 def test_expected_before_it_was_run():
     expected = tomllib.loads((Path(__file__).parents[2] / "reproductions" / "expected.toml").read_text())
-    for target in ("deepseek_v3/mtp",):
+    for target in ("deepseek_v3/mtp", "deepseek_v3/scope"):
         paper, name = target.split("/")
         assert set(expected[paper][name]) == {"metric", "sign", "least_effect"}
         assert target in TARGETS
@@ -128,3 +130,80 @@ def test_small_models_are_trained_and_their_guesses_counted(fixed: None, tmp_pat
     assert found["accepted"]["guesses"] > 0
     assert "accepted" not in record["arms"][OFF]["seeds"][0]
     assert deepseek_mtp.mtp_verdict(record)["sentence"]
+
+
+def test_the_scopes_differ_in_loss_and_rate_alone():
+    first, *others = balance_scope.COURSE.trials
+    for one in others:
+        assert {key for key in one.about if one.about[key] != first.about[key]} <= {"losses", "bias_rate"}
+    losses = {one.name: dict(one.make(17)[1].losses) for one in balance_scope.COURSE.trials}
+    assert losses == {SEQUENCE: {"sequence_balance": 0.01}, BATCH: {"balance": 0.01}, FREE: {}}
+    assert [one.about["bias_rate"] for one in balance_scope.COURSE.trials] == [0.0, 0.0, 0.001]
+
+
+def test_evenness_by_scope_and_domains_apart_by_hand():
+    # Two domains of two windows, two experts, four choices a window. Domain one: 4 0, 3 1; two: 0 4, 1 3.
+    counts = np.array([[[4.0, 0.0], [3.0, 1.0]], [[0.0, 4.0], [1.0, 3.0]]])
+    found = balance_scope.load_facts(counts, rows=2)
+    # Of 4 choices the mean load is 2: windows violate by 1, 0.5, 1, 0.5.
+    assert found["sequence"] == pytest.approx(0.75)
+    # A batch has a window of each domain: 4 4 and 4 4. All together 8 8.
+    assert found["batch"] == found["global"] == 0
+    # Shares 7/8, 1/8 and 1/8, 7/8 against 1/2, 1/2: each would move 3/8.
+    assert found["apart"] == pytest.approx(3 / 8)
+
+
+def test_counts_are_of_each_window(model: Decoder):
+    windows = torch.arange(64).view(4, 16) % 17
+    found = balance_scope.counts_by_window(model, windows, rows=3)
+    assert list(found) == ["layers.0.router"]
+    assert found["layers.0.router"].shape == (4, 4)
+    assert (found["layers.0.router"].sum(axis=1) == 16 * 2).all()
+    alone = balance_scope.counts_by_window(model, windows[2:3], rows=1)
+    assert (alone["layers.0.router"][0] == found["layers.0.router"][2]).all()
+
+
+def scoped(*apart: float, bits: tuple[float | None, ...] = (2.0, 2.0)) -> dict[str, Any]:
+    load = {"sequence": 1.0, "batch": 0.5, "global": 0.1}
+    pairs = zip(apart, bits, strict=True)
+    return {"seeds": [{"valid_bpb": own, "load": {**load, "apart": far}} for far, own in pairs]}
+
+
+def test_domains_have_to_be_less_apart_per_sequence_in_every_seed():
+    arms = {SEQUENCE: scoped(0.1, 0.1), BATCH: scoped(0.2, 0.3, bits=(1.9, 1.9)), FREE: scoped(0.2, 0.2)}
+    found = balance_scope.scope_verdict({"arms": arms})
+    assert found["held"]
+    assert found["below_bpb"][BATCH] == pytest.approx([0.1, 0.1])
+    arms[FREE] = scoped(0.2, 0.1)
+    assert not balance_scope.scope_verdict({"arms": arms})["held"]
+    arms[FREE] = scoped(0.2, 0.2, bits=(2.0, None))
+    assert balance_scope.scope_verdict({"arms": arms})["sentence"] == f"did not hold: {FREE} diverged"
+
+
+def test_small_models_of_each_scope_are_trained_and_looked_at(fixed: None, tmp_path: Path):
+    sizes = {**SIZES, "future_tokens": 0}
+    both = tuple(
+        paper_trial(name, "deepseek_v3", losses=losses, bias_rate=rate, **sizes)
+        for name, losses, rate in (
+            (SEQUENCE, {"sequence_balance": 1e-2}, 0.0),
+            (BATCH, {"balance": 1e-2}, 0.0),
+            (FREE, {}, 0.01),
+        )
+    )
+    course = Course(
+        both,
+        SEQUENCE,
+        steps=2,
+        rows=2,
+        context=16,
+        seeds=(0,),
+        eval_bytes=200,
+        timing_rounds=1,
+        warmup_steps=1,
+    )
+    record = trials.run_course(course, tmp_path, "toy", balance_scope.look)
+    for arm in record["arms"].values():
+        # One domain is not apart from itself.
+        assert arm["seeds"][0]["load"]["apart"] == 0
+        assert arm["seeds"][0]["load"]["sequence"] >= arm["seeds"][0]["load"]["global"]
+    assert not balance_scope.scope_verdict(record)["held"]

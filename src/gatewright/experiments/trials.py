@@ -95,10 +95,11 @@ def paper_trial(
     note: str = "",
     *,
     change: Callable[[Decoder], None] | None = None,
+    losses: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> Trial:
     """Return an arm of a paper's Settings, the vocabulary the corpus's own; `change` is applied to the fresh
-    model.
+    model, `losses` by name take the place of the paper's objective.
     """
     module = get_paper(paper)
     own = module.Settings(**settings)
@@ -107,9 +108,10 @@ def paper_trial(
         model = module.build(dataclasses.replace(own, vocab_size=vocab_size))
         if change is not None:
             change(model)
-        return model, module.objective(own)
+        return model, module.objective(own) if losses is None else NextToken(losses=losses)
 
-    return Trial(name, make, {"paper": paper, **_plain(dataclasses.asdict(own))}, note)
+    about = {"paper": paper, **_plain(dataclasses.asdict(own))}
+    return Trial(name, make, about if losses is None else {**about, "losses": dict(losses)}, note)
 
 
 def text_stream(corpus: Corpus, course: Course) -> Stream:
