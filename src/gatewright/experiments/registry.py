@@ -39,6 +39,7 @@ from gatewright.experiments.local_ensemble import run_ensemble
 from gatewright.experiments.local_figures import FIGURES
 from gatewright.experiments.local_table1 import CLAIM as TABLE1_CLAIM
 from gatewright.experiments.local_table1 import run_table1
+from gatewright.experiments.modern import MODERN
 from gatewright.experiments.pages import race_page
 from gatewright.experiments.quickstart import HOUR, QUICKSTART, RacePlan, run_plan
 from gatewright.experiments.rules_compared import CLAIM as COMPARE_CLAIM
@@ -116,7 +117,7 @@ TARGETS: dict[str, Target] = {
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
     **{
         name: Target(name, claim, run)
-        for name, (claim, run) in {**FIGURES, **GATED, **DISTILLED, **GRANULAR, **SWITCH}.items()
+        for name, (claim, run) in {**FIGURES, **GATED, **DISTILLED, **GRANULAR, **MODERN, **SWITCH}.items()
     },
 }
 
