@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gatewright.experiments.distill_pages import distilled_block
+from gatewright.experiments.finetune_pages import tuned_block
 from gatewright.experiments.interference import text_table, vowel_table
 
 
@@ -116,4 +117,5 @@ BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "interference": interference_block,
     "translation": translation_block,
     "distilled": distilled_block,
+    "finetuned": tuned_block,
 }
