@@ -32,6 +32,7 @@ from gatewright.experiments.finetune_tables import (
 )
 from gatewright.experiments.t_test import paired, quantile
 from gatewright.papers.switch import Settings
+from gatewright.training.distiller import digest_of
 from gatewright.training.finetuner import FineTuner, TaughtFineTuner
 from gatewright.training.interrupt import StopRequest
 from gatewright.training.trainer import Trainer
@@ -147,6 +148,7 @@ def test_the_student_is_the_dense_twin_taught_by_the_fine_tuned_teacher(
     held = finetune_runs.newest_checkpoint(folder)
     assert held is not None
     teacher.restore(held)
+    assert student.teacher_digest == digest_of(teacher.model) != teacher.start_digest
     assert teacher.score("test").nats == pytest.approx(record["sides"][EXPERT.name]["hand"][0]["nats"])
     sizes = [own["hand"][0]["parameters"] for own in record["sides"].values()]
     assert sizes[0] == sizes[2] < sizes[1]

@@ -46,7 +46,7 @@ def brown_passages(texts: Iterable[tuple[str, str]]) -> Iterator[Passage]:
     genre = {letter: label for label, letters in GENRES.items() for letter in letters}
     for name, tagged in texts:
         text = " ".join(word.rsplit("/", 1)[0] for word in tagged.split())
-        yield from (Passage(genre[name[1]], (name,), piece) for piece in pieces(text, 256))
+        yield from (Passage(genre[name[1]], (name,), piece) for piece in pieces(text, 192))
 
 
 def _brown(cache: Path | None, say: Say) -> Iterator[Passage]:

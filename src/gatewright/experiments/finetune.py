@@ -32,7 +32,7 @@ class FineTuneRun:
     """brown, language, domain or relation"""
     out: str = "runs/finetune"
     """folder of the fine-tuned model, a run like any other"""
-    steps: int = 240
+    steps: int = 160
     """optimizer steps"""
     rows: int = 32
     """texts per step"""
@@ -101,8 +101,11 @@ def tuned_settings(loaded: LoadedRun, options: FineTuneRun) -> Any:
                 "settings have it, as switch's; leave it out"
             )
         changes |= {} if share is None else {name: share}
-    if "capacity_factor" in names:
-        changes["capacity_factor"] = options.capacity_factor
+    if getattr(loaded.settings, "capacity_factor", None) is not None:
+        # As many places as tokens; run.toml has no word for none where the default is a number.
+        experts = loaded.settings.num_experts
+        enough = float(max(experts) if isinstance(experts, tuple) else experts)
+        changes["capacity_factor"] = options.capacity_factor or enough
     return dataclasses.replace(loaded.settings, **changes)
 
 

@@ -56,7 +56,7 @@ class Plan:
     batch_tokens: int = 4096
     warmup_steps: int = 100
     pretraining_rate: float = 3e-3
-    steps: int = 240
+    steps: int = 160
     rows: int = 32
     learning_rate: float = 2e-3
     evaluations: int = 4
