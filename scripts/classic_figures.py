@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gatewright.experiments.distill_pages import distilled_block
+from gatewright.experiments.finetune_pages import tuned_block
 from gatewright.experiments.gshard_page import language_table, token_table
 from gatewright.experiments.interference import text_table, vowel_table
 
@@ -132,4 +133,5 @@ BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "distilled": distilled_block,
     "gshard_quality": quality_block,
     "slots": slots_block,
+    "finetuned": tuned_block,
 }

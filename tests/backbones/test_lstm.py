@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gatewright.backbones import DeepMLP, LSTMDecoder, count_cost, dense_layer
-from gatewright.backbones.lstm import dropped
 from gatewright.errors import UserError
 from gatewright.parts import MLP, MoELayer, build_router
+from gatewright.parts.dropout import dropped
 
 VOCAB, WIDTH, LENGTH = 50, 16, 12
 

@@ -119,6 +119,8 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
         ("olmoe", {"moe_layers": "first_dense:1"}),
         ("switch", {"capacity_factor": None, "activation": "relu"}),
         ("switch", {"moe_layers": "none", "activation": "gelu"}),
+        ("switch", {"moe_layers": "none", "dropout": 0.1}),
+        ("switch", {"capacity_factor": None, "dropout": 0.1, "expert_dropout": 0.4}),
         ("sparsely_gated", {}),
         ("sparsely_gated", {"moe_layers": "none", "ffn_width": 96, "ffn_depth": 3, "dropout": 0.0}),
         ("sparsely_gated", {"lstm_width": 96}),

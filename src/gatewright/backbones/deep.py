@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from gatewright.errors import UserError
@@ -31,8 +31,10 @@ class DeepMLP(MLP):
         if hasattr(self, "w_middle"):  # the base class calls this before there is one
             fan_in_normal(self.w_middle)
 
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Return the layer's output, shape of x."""
+    def forward(
+        self, x: Float[Tensor, "*batch D"], *, key: Int64[Tensor, ""] | None = None
+    ) -> Float[Tensor, "*batch D"]:
+        """Return the layer's output, shape of x; nothing here is drawn by a `key`."""
         hidden = activate("relu", F.linear(x, self.w_in))
         for weight in self.w_middle:
             hidden = activate("relu", F.linear(hidden, weight))

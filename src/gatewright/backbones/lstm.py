@@ -15,22 +15,10 @@ from gatewright.backbones.transformer import Decoder, DecoderOutput
 from gatewright.errors import UserError
 from gatewright.kernels import apply_linears
 from gatewright.parts import MoELayer, Router, Stats
-from gatewright.parts.draws import call_key, fold, uniform
-from gatewright.parts.routing import RoutingCall
-
-# What a key is folded with for dropout, so that it has nothing to do with the router's noise.
-_DROPOUT = 0x6C73746D
+from gatewright.parts.draws import fold
+from gatewright.parts.dropout import check_dropout, dropped
 
 State = tuple[Tensor, Tensor]
-
-
-def dropped(x: Float[Tensor, "B S D"], share: float, key: Int64[Tensor, ""] | None) -> Float[Tensor, "B S D"]:
-    """Return x with a `share` of its numbers set to 0 and the others divided by 1 - share; which ones is a
-    function of the key alone (None draws one from torch's own generator).
-    """
-    own = fold(call_key(RoutingCall(key=key), x.device), _DROPOUT)
-    stays = uniform(own, tuple(x.shape), x.device) >= share
-    return x * stays.to(x.dtype).div_(1 - share)
 
 
 @dataclass
@@ -123,9 +111,8 @@ class LSTMDecoder(nn.Module):
                 f"lstm_width {lstm_width} with width {width}; allowed: more than the width, to which the "
                 "cells are projected, or 0 for as many and no projection"
             )
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout {dropout}; allowed: 0 or more and below 1; 0 is none")
-        self.vocab_size, self.width, self.context, self.dropout = vocab_size, width, context, dropout
+        self.vocab_size, self.width, self.context = vocab_size, width, context
+        self.dropout = check_dropout(dropout)
         self.embedding = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(RecurrentBlock(width, own, lstm_width, dropout) for own in feed_forwards)
         self.head = nn.Linear(width, vocab_size, bias=False)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from gatewright.backbones.lstm import State, dropped
+from gatewright.backbones.lstm import State
 from gatewright.parts.draws import fold
+from gatewright.parts.dropout import dropped
 
 
 class Source(NamedTuple):

@@ -9,13 +9,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from gatewright.backbones.encoder_decoder import Encoded, EncoderDecoder, PairBase
-from gatewright.backbones.lstm import RecurrentBlock, State, dropped
+from gatewright.backbones.lstm import RecurrentBlock, State
 from gatewright.backbones.lstm_attention import AttendedLSTM, Source, TwoWayLSTM
 from gatewright.backbones.transformer import DecoderOutput
 from gatewright.errors import UserError
 from gatewright.kernels import apply_linears
 from gatewright.parts import MoELayer, Router, Stats
 from gatewright.parts.draws import fold
+from gatewright.parts.dropout import check_dropout, dropped
 
 # Apart from the layers, which fold their own number into the same key.
 _EMBEDDING = 0x656D62
@@ -69,9 +70,7 @@ class RecurrentEncoderDecoder(PairBase):
                 f"lstm_width {lstm_width} with width {width}; allowed: more than the width, or 0 for as many "
                 "cells and no projection"
             )
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout {dropout}; allowed: 0 or more and below 1; 0 is none")
-        self.vocab_size, self.width, self.dropout = vocab_size, width, dropout
+        self.vocab_size, self.width, self.dropout = vocab_size, width, check_dropout(dropout)
         self.context, self.target_context = context, target_context
         sizes = (lstm_width, dropout)
         self.embedding = nn.Embedding(vocab_size, width)

@@ -20,8 +20,11 @@ from gatewright.errors import UserError
 from gatewright.kernels import apply_linears
 from gatewright.parts import MoELayer, Router, Stats
 from gatewright.parts.draws import fold
+from gatewright.parts.dropout import check_dropout, dropped
 
 AnyAttention: TypeAlias = Attention | LatentAttention
+# Apart from the layers, which fold their own number into the same key.
+_ENDS = 0x656E6473
 
 
 class DecoderOutput(NamedTuple):
@@ -59,11 +62,30 @@ class KVCache:
             layer.length = old.length
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): [B, S, D] -> ([B, S, D], Stats)."""
+def lessened(
+    module: Block | Decoder, x: Float[Tensor, "B S D"], key: Int64[Tensor, ""] | None, place: int
+) -> Float[Tensor, "B S D"]:
+    """Return x with the module's dropout, in training; `place` tells apart the draws of one key."""
+    if not (module.training and module.dropout):
+        return x
+    return dropped(x, module.dropout, None if key is None else fold(key, place))
 
-    def __init__(self, width: int, attention: AnyAttention, feed_forward: nn.Module, norm_eps: float) -> None:
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): [B, S, D] -> ([B, S, D], Stats). In training
+    `dropout` falls on what either adds.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        attention: AnyAttention,
+        feed_forward: nn.Module,
+        norm_eps: float,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.attention_norm = RMSNorm(width, norm_eps)
         self.attention = attention
         self.feed_forward_norm = RMSNorm(width, norm_eps)
@@ -89,12 +111,13 @@ class Block(nn.Module):
             attended = self.attention(self.attention_norm(x), cos, sin, cache)
         if few and (done := add_experts(self, x, attended)) is not None:
             return done, Stats()
-        x, normed = self.feed_forward_norm.after_adding(x, attended)
+        x, normed = self.feed_forward_norm.after_adding(x, lessened(self, attended, key, 0))
         if isinstance(self.feed_forward, MoELayer):
             more = {"key": key, "token_ids": token_ids, "with_stats": with_stats}
             y, stats = self.feed_forward(normed, capture=capture, **more)
-            return x + y, stats
-        return x + self.feed_forward(normed), Stats()
+            return x + lessened(self, y, key, 1), stats
+        keyed = {"key": key} if key is not None and getattr(self.feed_forward, "takes_key", False) else {}
+        return x + lessened(self, self.feed_forward(normed, **keyed), key, 1), Stats()
 
 
 class Decoder(nn.Module):
@@ -102,7 +125,8 @@ class Decoder(nn.Module):
 
     Args: `feed_forwards` holds one module per layer, a MoELayer or a plain [..., D] -> [..., D] module: the
     pattern of dense and sparse layers is this list. `context` is the longest text it is trained on; positions
-    beyond it are refused. `attentions`, one per layer, replace those built here from heads and
+    beyond it are refused. `dropout`: in training, of the embedding, of what each half of a block adds, and of
+    what the head reads. `attentions`, one per layer, replace those built here from heads and
     `qk_norm`; they say how many of a head's numbers `rotary_dim` are turned. `future` are blocks that
     predict, each, one token further (`FutureToken`); only training and `ahead` ask them. With `recompute`
     set, the backward pass computes each block again from its input instead of keeping what is inside it;
@@ -129,6 +153,7 @@ class Decoder(nn.Module):
         rotary_dim: int | None = None,
         rope_scaling: RopeScaling | str = "none",
         future: Sequence[Block] = (),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if min(vocab_size, width, context) < 1 or not feed_forwards:
@@ -144,6 +169,7 @@ class Decoder(nn.Module):
         self.head_dim = width // num_heads if head_dim is None else head_dim
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.vocab_size, self.width, self.context = vocab_size, width, context
+        self.dropout = check_dropout(dropout)
         self.embedding = nn.Embedding(vocab_size, width)
         self.rotary = RotaryPositions(rotary_dim or self.head_dim, rope_theta, rope_scaling)
         heads = (width, num_heads, self.num_kv_heads, self.head_dim)
@@ -154,7 +180,7 @@ class Decoder(nn.Module):
                 f"{len(attentions)} attentions for {len(feed_forwards)} layers; allowed: one for each"
             )
         self.layers = nn.ModuleList(
-            Block(width, attention, feed_forward, norm_eps)
+            Block(width, attention, feed_forward, norm_eps, dropout)
             for attention, feed_forward in zip(attentions, feed_forwards, strict=True)
         )
         self.norm = RMSNorm(width, norm_eps)
@@ -206,7 +232,7 @@ class Decoder(nn.Module):
         """
         x, stats = self.read(tokens, cache, capture, key, with_stats=with_stats)
         states = self.norm(x[:, -1:] if only_last else x)
-        (logits,) = apply_linears(states, (self.head,))
+        (logits,) = apply_linears(lessened(self, states, key, _ENDS + 1), (self.head,))
         if not len(self.future) or not self.training or cache is not None or only_last:
             return DecoderOutput(logits, stats)
         further = []
@@ -234,7 +260,7 @@ class Decoder(nn.Module):
                 f"{self.context}; "
                 "shorten the text or build the model with a longer context"
             )
-        x = self.embedding(tokens)
+        x = lessened(self, self.embedding(tokens), key, _ENDS)
         cos, sin = self.rotary.tables(start, length, tokens.device, x.dtype)
         stats = Stats()
         for i, block in enumerate(self.layers):

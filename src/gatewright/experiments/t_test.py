@@ -46,3 +46,38 @@ def upper_tail(t: float, degrees: int) -> float:
     inside = 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
     tail = max(0.0, (1 - inside) / 2)
     return tail if t >= 0 else 1 - tail
+
+
+class Paired(NamedTuple):
+    """The mean of paired differences, and its interval at 95 %: None with a single pair."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def told(self, unit: str = "") -> str:
+        """Return it as "+0.50 (-0.10 to +1.10)"."""
+        inside = "" if self.low is None else f" ({self.low:+.2f} to {self.high:+.2f})"
+        return f"{self.mean:+.2f}{unit}{inside}"
+
+
+def paired(differences: Sequence[float]) -> Paired:
+    """Return mean and interval of differences that come in pairs: mean -+ t s / sqrt(n), t of n - 1 degrees
+    with 2.5 % beyond.
+    """
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return Paired(mean, None, None)
+    half = quantile(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
+    return Paired(mean, mean - half, mean + half)
+
+
+def quantile(degrees: int, beyond: float = 0.025) -> float:
+    """Return the t that Student's distribution exceeds with this chance, by halving an interval."""
+    low, high = 0.0, 1.0
+    while upper_tail(high, degrees) > beyond:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if upper_tail(middle, degrees) > beyond else (low, middle)
+    return (low + high) / 2

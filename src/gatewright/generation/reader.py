@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gatewright.backbones import AheadReader, KVCache, LanguageModel, LSTMCache
 from gatewright.errors import UserError
+from gatewright.evaluation.undropped import for_generation
 from gatewright.parts import MoELayer, Stats
 
 
@@ -121,21 +119,3 @@ class Reader:
         self.stats = output.stats
         last: Tensor = output.logits[:, -1]
         return last
-
-
-@contextmanager
-def for_generation(model: nn.Module, layers: Sequence[MoELayer]) -> Iterator[None]:
-    """Evaluation mode and no capacity for one call; who stops in the middle finds the model as it was."""
-    capacities = [layer.capacity for layer in layers]
-    was_training = model.training
-    try:
-        if was_training:
-            model.eval()
-        for layer in layers:
-            layer.capacity = None
-        yield
-    finally:
-        for layer, capacity in zip(layers, capacities, strict=True):
-            layer.capacity = capacity
-        if was_training:
-            model.train()

@@ -54,6 +54,10 @@ class Settings:
     """alpha, weight of each sparse layer's balance loss; the layers' losses are added"""
     init_scale: float = 0.1
     """s, weights are drawn with variance s / fan_in"""
+    dropout: float = 0.0
+    """in training, of embedding, what layers add, hidden units of dense layers (0.1 in fine-tuning)"""
+    expert_dropout: float = 0.0
+    """in training, of the experts' hidden units (0.4 in fine-tuning)"""
 
 
 PUBLISHED: dict[str, Settings] = {
@@ -81,9 +85,10 @@ def build(settings: Settings) -> nn.Module:
             activation=s.activation,
             weights="raw",
             capacity_factor=s.capacity_factor,
+            expert_dropout=s.expert_dropout,
         )
         if sparse
-        else MLP(s.width, ffn_width[i], s.activation)
+        else MLP(s.width, ffn_width[i], s.activation, dropout=s.dropout)
         for i, sparse in enumerate(moe_pattern(s.moe_layers, n))
     ]
     model = Decoder(
@@ -94,6 +99,7 @@ def build(settings: Settings) -> nn.Module:
         head_dim=s.head_dim,
         context=s.context,
         tie_embeddings=s.tie_embeddings,
+        dropout=s.dropout,
     )
     return initialise.fan_in(model, scale=s.init_scale, embedding_std=s.width**-0.5)
 
@@ -108,5 +114,5 @@ DEVIATIONS: tuple[str, ...] = (
     "A decoder trained on next-token prediction; the paper's is T5's encoder-decoder on masked spans.",
     "Rotary positions for T5's relative position bias; embeddings are drawn with std width ** -0.5 (ours).",
     "One routing group, the batch at hand, and one capacity factor; the paper groups tokens per core.",
-    "Neither the router's input jitter nor expert dropout (for fine-tuning); AdamW in place of Adafactor.",
+    "No input jitter of the router, no dropout of attention's probabilities; AdamW in place of Adafactor.",
 )

@@ -5,6 +5,7 @@ expert.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -17,8 +18,10 @@ from gatewright.kernels import (
     expert_mlp,
     is_gated,
 )
+from gatewright.kernels.activations import activate
 from gatewright.kernels.rows import owners
 from gatewright.parts.draws import call_key, fold, uniform_rows
+from gatewright.parts.dropout import check_dropout, dropped
 from gatewright.parts.routing import RoutingCall
 
 # Expert dropout draws from a key of its own, so that it has nothing to do with the router's noise.
@@ -43,8 +46,11 @@ class MLP(nn.Module):
     and with `bias` `b_in` [F or 2F] and `b_down` [D].
 
     Equation: FFN(x) = w_down act(w_in x + b_in) + b_down.
-    Args: `init_scale` s draws weights of variance s / fan_in (Switch section 2.4: 0.1).
+    Args: `init_scale` s draws weights of variance s / fan_in (Switch section 2.4: 0.1); `dropout` is the
+    share of activated hidden numbers that training sets to 0, by the call's key.
     """
+
+    takes_key = True
 
     def __init__(
         self,
@@ -54,10 +60,12 @@ class MLP(nn.Module):
         *,
         bias: bool = False,
         init_scale: float = 1.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if min(width, ffn_width) < 1:
             raise UserError(f"width {width}, ffn_width {ffn_width}; allowed: 1 or more of each")
+        self.dropout = check_dropout(dropout)
         self.activation = check_activation(activation)
         self.init_scale = check_init_scale(init_scale)
         self.w_in = nn.Parameter(torch.empty(ffn_width * (2 if is_gated(activation) else 1), width))
@@ -76,8 +84,13 @@ class MLP(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Return FFN(x), shape and dtype of x."""
+    def forward(
+        self, x: Float[Tensor, "*batch D"], *, key: Int64[Tensor, ""] | None = None
+    ) -> Float[Tensor, "*batch D"]:
+        """Return FFN(x), shape and dtype of x; `key` fixes the dropout of this call."""
+        if self.training and self.dropout:
+            hidden = activate(self.activation, F.linear(x, self.w_in, self.b_in))
+            return F.linear(dropped(hidden, self.dropout, key), self.w_down, self.b_down)
         return dense_mlp(x, self.w_in, self.w_down, self.activation, self.b_in, self.b_down)
 
 

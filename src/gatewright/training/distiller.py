@@ -18,7 +18,6 @@ from gatewright.parts.running import RunningCounts
 from gatewright.training.checkpoint import Checkpoint
 from gatewright.training.run import TrainRun
 from gatewright.training.state import saved_buffers
-from gatewright.training.tasks import ask
 from gatewright.training.trainer import Trainer
 
 
@@ -89,11 +88,11 @@ class Distiller(Trainer):
 
     def loss_of(self, micro: Tensor, key: Tensor, running: RunningCounts) -> tuple[Loss, Stats]:
         """Return the student's loss on a micro-batch, the teacher's opinion of it mixed in."""
-        output, targets = ask(self.model, self.objective, micro, key)
+        output, targets = self.ask(self.model, micro, key)
         loss = self.objective(output, targets, **self._counts(running, output.stats))
         if self.teacher_weight:
             with torch.no_grad():
-                taught = ask(self.teacher, self.objective, micro, key)[0].logits
+                taught = self.ask(self.teacher, micro, key)[0].logits
             loss = distilled(loss, output.logits, taught, self.teacher_weight)
         return loss, output.stats
 

@@ -42,7 +42,7 @@ class Trainer:
         paper = get_trained_paper(run.paper)
         settings = paper.Settings() if run.model is None else run.model
         self.settings = dataclasses.replace(settings, vocab_size=corpus.tokenizer.vocab_size)
-        self.context: int = self.settings.context
+        self.context: int = self.window()
         self.micro_size = micro_batch_size(run, self.context)
         torch.manual_seed(run.seed)
         self.model: nn.Module = self.fresh_model().to(self.device)
@@ -70,6 +70,11 @@ class Trainer:
     def fresh_model(self) -> Any:
         """Return the model that the first step starts from."""
         return get_trained_paper(self.run.paper).build(self.settings)
+
+    def window(self) -> int:
+        """Return the tokens of a row that are predicted."""
+        context: int = self.settings.context
+        return context
 
     @property
     def tokens(self) -> int:
@@ -159,8 +164,12 @@ class Trainer:
 
     def loss_of(self, micro: Tensor, key: Tensor, running: RunningCounts) -> tuple[Loss, Stats]:
         """Return one micro-batch's loss, and what the routers saw of it."""
-        output, targets = ask(self.model, self.objective, micro, key)
+        output, targets = self.ask(self.model, micro, key)
         return self.objective(output, targets, **self._counts(running, output.stats)), output.stats
+
+    def ask(self, model: nn.Module, micro: Tensor, key: Tensor) -> tuple[Any, Tensor]:
+        """Return a model's output on a micro-batch, and the ids that its logits are about."""
+        return ask(model, self.objective, micro, key)
 
     def _counts(self, running: RunningCounts, stats: Stats) -> dict[str, Any]:
         """Return what the objective wants to know of the step's other micro-batches."""
