@@ -117,6 +117,13 @@ def test_a_line_counts_where_it_is_short_enough_in_every_language():
     }
 
 
+def test_lines_that_are_equal_in_two_languages_stand_together_where_asked_for():
+    # Line i of b is line i + 1 of a, so all of them hang together.
+    texts = {"a": [str(i) for i in range(40)], "b": [str(i + 1) for i in range(40)]}
+    found = [split_lines(texts, 0, 0.2, across=across) for across in (False, True)]
+    assert [sorted(len(own) for own in parts.values()) for parts in found] == [[8, 8, 24], [0, 0, 40]]
+
+
 def test_lines_that_are_missing_do_not_belong_together():
     texts = {"a": [f"a{i}" for i in range(40)], "b": [""] * 40}
     found = split_lines(texts, 0, 0.25)

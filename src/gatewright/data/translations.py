@@ -19,11 +19,14 @@ Direction = tuple[str, str]
 PARTS = ("train", "dev", "test")
 
 
-def split_lines(texts: Mapping[str, Sequence[str]], seed: int, held_out: float) -> dict[str, Ids]:
+def split_lines(
+    texts: Mapping[str, Sequence[str]], seed: int, held_out: float, *, across: bool = False
+) -> dict[str, Ids]:
     """Return the numbers of the lines of each of PARTS: a share `held_out` is dev, and as much is test.
 
     Lines that are equal in any of the languages belong together, so that no text of one part, source or
-    target, stands in another. An empty line is a translation that is missing.
+    target, stands in another of the same language; with `across`, of any language. An empty line is a
+    translation that is missing.
     """
     counts = {language: len(lines) for language, lines in texts.items()}
     if len(set(counts.values())) != 1 or not 0 < held_out < 0.5:
@@ -37,8 +40,9 @@ def split_lines(texts: Mapping[str, Sequence[str]], seed: int, held_out: float) 
             i = head[i]
         return i
 
+    seen: dict[str, int] = {}
     for lines in texts.values():
-        seen: dict[str, int] = {}
+        seen = seen if across else {}
         for i, line in enumerate(lines):
             if not line:
                 continue

@@ -109,13 +109,14 @@ def full(lines: Mapping[str, Sequence[str]], languages: Sequence[str]) -> Texts:
 
 def split_texts(plan: TextPlan, lines: Mapping[str, Texts]) -> dict[str, Texts]:
     """Return the lines of every part: verses and catalogs split as one text, so that nothing that stands in
-    one part, of either source, stands in another; the book is all test, without what is trained on.
+    one part, of either source and any language, stands in another; the book is all test, without what is
+    trained on.
     """
     languages = tuple(lines[VERSES])
     whole = {language: [*lines[VERSES][language], *lines[CATALOGS][language]] for language in languages}
     first = len(lines[VERSES][TARGET])
     parts: dict[str, Texts] = {}
-    for part, ordered in split_lines(whole, 0, plan.held_out).items():
+    for part, ordered in split_lines(whole, 0, plan.held_out, across=True).items():
         # The first lines of a part are measured: catalogs stand in the order of their letters.
         numbers = ordered[permutation(len(ordered), 0)]
         sides = {VERSES: numbers[numbers < first], CATALOGS: numbers[numbers >= first]}
