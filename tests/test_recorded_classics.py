@@ -1,9 +1,11 @@
-"""Recorded results of 1991, 2013 and 2017: whole, expected beforehand, verdict and page their own."""
+"""Recorded results of 1991, 2013, 2017 and of distillation: whole, expected beforehand, verdict and page their own."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import statistics
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +18,17 @@ from gatewright.experiments import (
     deep_pages,
     deep_table1,
     deep_table2,
+    distill_pages,
+    distill_runs,
+    distill_tables,
     gated,
     gated_experts,
     gated_pages,
     gated_tables,
     interference,
+    translation,
+    translation_page,
+    translation_runs,
 )
 
 ROOT = Path(__file__).resolve().parents[1] / "reproductions"
@@ -29,6 +37,13 @@ Record = dict[str, Any]
 
 def of_sizes(verdict: Callable[[Record], Record]) -> Callable[[Record], Record]:
     return lambda record: verdict(record["sizes"])
+
+
+def distilled(plan: distill_runs.Plan) -> Record:
+    """Return a plan as it was before a Switch had dropout to set."""
+    told = dataclasses.asdict(plan)
+    assert [told["model"].pop(name) for name in ("dropout", "expert_dropout")] == [0, 0]
+    return told
 
 
 # Of each: the plan as the code has it, how the verdict follows, and the page.
@@ -58,10 +73,30 @@ RESULTS: dict[str, tuple[Any, Callable[[Record], Record], Callable[[Record], str
         gated_tables.verdict6,
         gated_pages.table6_page,
     ),
+    "sparsely_gated/table7": (
+        gated.shared(gated_tables.TABLE7),
+        gated_tables.verdict7,
+        gated_pages.table7_page,
+    ),
     "sparsely_gated/table9": (
         gated.shared(gated_experts.PLAN),
         gated_experts.verdict9,
         gated_pages.table9_page,
+    ),
+    "sparsely_gated/translation": (
+        dataclasses.asdict(translation_runs.PLAN),
+        translation.verdict,
+        translation_page.translation_page,
+    ),
+    "switch/table6": (
+        distilled(distill_tables.TABLE6),
+        distill_tables.verdict6,
+        distill_pages.distilled_page,
+    ),
+    "switch/table7": (
+        distilled(distill_tables.TABLE7),
+        distill_tables.verdict7,
+        distill_pages.distilled_page,
     ),
 }
 
@@ -82,3 +117,19 @@ def test_a_result_is_recorded_in_full_and_its_page_and_verdict_follow(target: st
     assert page(record) == (ROOT / f"{paper}-{table}.md").read_text(encoding="utf-8")
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     assert set(expected[paper][table]) == {"metric", "sign", "least_effect"}
+
+
+def test_translation_has_every_pair_of_every_seed_and_counts_what_it_says() -> None:
+    record = json.loads((ROOT / "sparsely_gated-translation.json").read_text(encoding="utf-8"))
+    plan = translation_runs.PLAN
+    pairs = ["-".join(direction) for direction in plan.directions]
+    for own in record["systems"].values():
+        assert [seed["seed"] for seed in own["seeds"]] == list(plan.seeds)
+        for seed in own["seeds"]:
+            assert list(seed["pairs"]) == pairs
+            assert seed["train"]["steps"] == plan.steps
+            scores = [pair["bleu"] for pair in seed["pairs"].values()]
+            assert seed["mean_bleu"] == pytest.approx(statistics.fmean(scores))
+            nats, tokens = (sum(p[key] for p in seed["pairs"].values()) for key in ("dev_nats", "dev_tokens"))
+            assert seed["perplexity"] == pytest.approx(math.exp(nats / tokens))
+    assert len({own["operations"] for own in record["systems"].values()}) == 1
