@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gatewright.backbones.attention import LayerCache
-from gatewright.backbones.lstm import dropped
 from gatewright.backbones.norm import RMSNorm
 from gatewright.backbones.relative_attention import BiasedAttention, RelativeBias
 from gatewright.parts import MoELayer, Stats
 from gatewright.parts.draws import fold
+from gatewright.parts.dropout import dropped
 
 
 class StackBlock(nn.Module):
