@@ -139,3 +139,20 @@ def test_few_experts_ask_every_count():
     assert few_experts.few_verdict({"arms": arms})["held"]
     arms["2 experts"] = arm(1.9, 2.01)
     assert not few_experts.few_verdict({"arms": arms})["held"]
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        granularity.granularity_verdict,
+        granularity.shared_verdict,
+        granularity.ablation_verdict,
+        few_experts.few_verdict,
+    ],
+)
+def test_a_twin_that_diverged_is_named_and_nobody_beats_it(verdict: Any):
+    names = ("8 / 1", "64 / 8", "31 / 3 + 1 shared", "15 / 1 + 1 shared", "63 / 7 + 1 shared")
+    arms = {name: arm(1.9, 1.8) for name in (*names, "2 experts", "4 experts", "8 experts")}
+    diverged = {name: arm(2.0, None) for name in ("dense twin", "32 / 4", "16 / 2")}
+    found = verdict({"arms": {**arms, **diverged}})
+    assert found == {"held": False, "sentence": "did not hold: dense twin, 32 / 4, 16 / 2 diverged"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gatewright.experiments.arms import run_arms
-from gatewright.experiments.granularity import gaps, told
+from gatewright.experiments.granularity import gaps, told, unless_diverged
 from gatewright.experiments.lab import Arm, Plan, Record
 from gatewright.parts import Capacity
 
@@ -38,6 +38,7 @@ def run_few(work: Path, quick: bool) -> tuple[Record, str, dict[str, Path]]:
     )
 
 
+@unless_diverged
 def few_verdict(record: Record) -> Record:
     """Return whether every count of experts beats the twin in every seed, and by how much."""
     found = {f"{count} experts": gaps(record, "dense twin", f"{count} experts") for count in _COUNTS}
