@@ -1,4 +1,4 @@
-"""Recorded results of 1991, 2013, 2017 and of distillation: whole, expected beforehand, verdict and page their own."""
+"""Recorded results of 1991, 2013, 2017 and of distillation: whole, expected, verdict and page their own."""
 
 from __future__ import annotations
 
