@@ -246,14 +246,14 @@ def quality_pictures(record: Record, work: Path) -> dict[str, Path]:
     draw_rows(rows, f"BLEU, {SPARSE} less {TWIN}: a dot per seed", paths["languages"])
     curves = {
         name: [
-            ([p["tokens"] for p in seed["train"]["curve"]], [p["dev"] for p in seed["train"]["curve"]])
+            ([p["tokens"] / 1e6 for p in seed["train"]["curve"]], [p["dev"] for p in seed["train"]["curve"]])
             for seed in own["seeds"]
         ]
         for name, own in systems.items()
         if name not in (BILINGUAL, MANY)
     }
-    along = "tokens of training, both sides of a pair"
-    draw_learning(curves, "dev loss, nats per token", paths["loss"], along, bottom=None)
+    along = "millions of tokens of training, both sides of a pair"
+    draw_learning(curves, "dev loss, nats per token", paths["loss"], along)
     return paths
 
 

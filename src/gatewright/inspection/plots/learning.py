@@ -19,11 +19,10 @@ def draw_learning(
     systems: Mapping[str, Sequence[Curve]],
     axis: str,
     path: Path,
-    along: str = "epochs: passes over the training cases",
-    bottom: float | None = 0.0,
+    along: str | None = None,
 ) -> None:
-    """Write a picture of every run of every system over epochs from 1, or what else `along` says, on a
-    logarithmic axis; `bottom` None frames what is there.
+    """Write a picture of every run of every system over epochs from 1, on a logarithmic axis and from an
+    error of 0; over what `along` says, evenly, with what is there framed.
     """
 
     from matplotlib.ticker import FuncFormatter
@@ -38,13 +37,13 @@ def draw_learning(
                     axes.axhline(errors[0], label=label, linewidth=0.9, color=colour)
                 else:
                     axes.plot(epochs, errors, label=label, linewidth=1.1, alpha=0.85, color=colour)
-        axes.set_xscale("log")
-        if bottom is not None:
-            axes.set_ylim(bottom=bottom)
+        if along is None:
+            axes.set_xscale("log")
+            axes.set_ylim(bottom=0)
         # Plain numbers: the theme sets no formulas, which the usual labels of a logarithmic axis are.
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(axis="y")
-        axes.set_xlabel(along)
+        axes.set_xlabel(along or "epochs: passes over the training cases")
         axes.set_ylabel(axis)
         figure.legend(loc="outside upper left", ncols=3, fontsize=7.5)
         return figure
