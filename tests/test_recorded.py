@@ -15,6 +15,7 @@ import pytest
 from gatewright.experiments import (
     RaceRun,
     balance,
+    bias_balance,
     deep_figures,
     hme_table1,
     int8_bits,
@@ -96,12 +97,16 @@ def test_the_verdict_of_the_quickstart_follows_from_its_numbers() -> None:
     assert race["data"]["eval_bytes"] >= 250_000
 
 
-ARMS = {"switch-balance": balance.PLAN, "routers-compare": rules_compared.PLAN}
+ARMS = {
+    "switch-balance": (balance.PLAN, balance._verdict),
+    "routers-compare": (rules_compared.PLAN, rules_compared._verdict),
+    "deepseek_v3-bias": (bias_balance.PLAN, bias_balance.bias_verdict),
+}
 
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_and_seed_of_a_comparison_is_recorded_as_it_is_planned(name: str) -> None:
-    record, plan = read(name), ARMS[name]
+    record, (plan, _) = read(name), ARMS[name]
     assert set(record["arms"]) == {arm.name for arm in plan.arms}
     assert record["plan"] == lab._shared(plan)
     for arm in plan.arms:
@@ -114,8 +119,7 @@ def test_every_arm_and_seed_of_a_comparison_is_recorded_as_it_is_planned(name: s
 
 @pytest.mark.parametrize("name", ARMS)
 def test_a_comparison_s_verdict_follows_from_its_numbers(name: str) -> None:
-    record = read(name)
-    verdict = {"switch-balance": balance._verdict, "routers-compare": rules_compared._verdict}[name]
+    record, (_, verdict) = read(name), ARMS[name]
     assert json.loads(json.dumps(verdict(record))) == record["verdict"]
     page = (ROOT / f"{name}.md").read_text(encoding="utf-8")
     assert record["verdict"]["sentence"] in page
