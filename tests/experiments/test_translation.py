@@ -72,6 +72,23 @@ def test_finished_models_are_kept(done: Any, monkeypatch: pytest.MonkeyPatch):
     assert again["systems"] == record["systems"]
 
 
+def test_another_plan_in_the_same_place_goes_on_from_no_other_s_weights(
+    done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folders: list[Path] = []
+    own = done[0]["systems"][SINGLE]["seeds"][0]
+
+    def watched(*given: Any) -> Any:
+        folders.append(given[5])
+        return {"train": {**own["train"], "curve": [{"loss": 1.0}]}, "pairs": own["pairs"]}
+
+    monkeypatch.setattr(translation, "open_lines", lambda plan, say: lines_of(plan, KINDS))
+    monkeypatch.setattr(translation, "run_model", watched)
+    for plan in (TINY, replace(TINY, steps=12)):
+        run_translation(tmp_path, False, plan)
+    assert len(set(folders)) == len(folders) == 12
+
+
 def test_what_is_tested_was_in_no_training_and_in_no_pieces(monkeypatch: pytest.MonkeyPatch):
     seen: list[str] = []
     monkeypatch.setattr(

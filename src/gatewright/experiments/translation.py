@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from gatewright.backbones import count_cost, on_no_memory
+from gatewright.data.hashing import digest
 from gatewright.experiments.lab import Record, kept
 from gatewright.experiments.translation_page import translation_page, translation_pictures
 from gatewright.experiments.translation_runs import (
@@ -80,11 +81,10 @@ def _systems(plan: TranslationPlan, lines: Lines, work: Path, progress: Progress
         show(0.0)
         settings = plan.settings(system, lines.tokenizer.vocab_size)
         keys = {**about, "model": asdict(settings), "seed": seed, "pair": pair}
-        own = kept(
-            work / f"{name}.json",
-            keys,
-            partial(run_model, plan, settings, lines, directions, seed, work / name, show),
-        )
+        # Another plan in the same place must not go on from these checkpoints.
+        folder = work / f"{name}-{digest([json.dumps(keys)])[:8]}"
+        train = partial(run_model, plan, settings, lines, directions, seed, folder, show)
+        own = kept(work / f"{name}.json", keys, train)
         runs = found.setdefault(system, {**_facts(settings), "seeds": {}})["seeds"]
         runs.setdefault(str(seed), []).append(own)
     for system in found.values():
