@@ -85,7 +85,7 @@ def test_switchs_initialisation_is_a_tenth_of_the_variance():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(UserError, match=r"expert dropout 1.0; allowed: 0 or more and below 1"):
+    with pytest.raises(UserError, match=r"expert_dropout 1.0; allowed: 0 or more and below 1"):
         Experts(4, 2, 4, dropout=1.0)
     with pytest.raises(UserError, match=r"init_scale 0.0; allowed: above 0"):
         Experts(4, 2, 4, init_scale=0.0)

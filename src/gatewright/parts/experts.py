@@ -120,7 +120,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
-            raise UserError(f"expert dropout {dropout}; allowed: 0 or more and below 1; 0 is none")
+            raise UserError(f"expert_dropout {dropout}; allowed: 0 or more and below 1; 0 is none")
         self.width, self.num_experts, self.dropout = width, num_experts, dropout
         self.activation = check_activation(activation)
         self.gated = is_gated(activation)
