@@ -43,7 +43,7 @@ def numeric(owner: type) -> list[str]:
 ZERO = {"data_seed", "seed", "warmup_steps", "decay_share", "final_rate", "weight_decay", "beta1", "beta2"}
 ZERO |= {"adam_eps", "clip", "ema", "threads", "balance_weight", "z_weight", "device_weight", "bias_rate"}
 ZERO |= {"communication_weight", "future_tokens", "future_weight", "num_shared_experts"}
-ZERO |= {"lstm_width", "dropout", "importance_weight", "load_weight"}
+ZERO |= {"lstm_width", "dropout", "expert_dropout", "importance_weight", "load_weight"}
 # Not looked at while the layers are sparse.
 UNUSED = {"ffn_width", "ffn_depth"}
 
