@@ -15,9 +15,10 @@ from gatewright.data import Corpus
 from gatewright.experiments import lab, rules_compared, switch_table1
 from gatewright.experiments.lab import Arm, Plan
 from gatewright.experiments.lab_pages import lab_page
-from gatewright.experiments.paired import interval, paired, t_quantile
+from gatewright.experiments.paired import interval, paired
 from gatewright.experiments.registry import TARGETS
 from gatewright.experiments.switch_targets import SWITCH
+from gatewright.experiments.t_test import quantile
 from gatewright.parts import Capacity
 from tests.training.runs import FixedText
 
@@ -54,8 +55,8 @@ def test_every_target_has_its_expectation(target: str):
 
 def test_the_interval_of_a_mean_difference_by_hand():
     # Two sides of 5 %, 2 degrees: 4.3027 in any table of Student's t; 1 degree: 12.706.
-    assert t_quantile(0.025, 2) == pytest.approx(4.3027, abs=1e-4)
-    assert t_quantile(0.025, 1) == pytest.approx(12.706, abs=1e-3)
+    assert quantile(2) == pytest.approx(4.3027, abs=1e-4)
+    assert quantile(1) == pytest.approx(12.706, abs=1e-3)
     # 1, 2, 3: mean 2, deviation 1, reach 4.3027 / sqrt(3) = 2.4841.
     found = paired([1.0, 2.0, 3.0])
     assert found is not None

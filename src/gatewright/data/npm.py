@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gatewright.data.cache import cached_folder
+from gatewright.data.cache import cached_folder, check_pin
 from gatewright.data.hashing import digest
 from gatewright.errors import RunFailure, UserError
 from gatewright.places import cache_root
@@ -87,11 +87,7 @@ def npm_package(
             raise UserError(f"npm is not installed, and {spec} is an npm package; allowed: npm; install npm")
         progress(f"fetching {spec} with npm")
         archive = _packed(spec, folder)
-        found = _sha256(archive)
-        if found != sha256:
-            raise RunFailure(
-                f"{archive.name} has the checksum {found}, not {sha256}: it is not what is pinned"
-            )
+        check_pin(archive, sha256)
         with tarfile.open(archive) as packed:
             for member in packed:
                 name = re.fullmatch(wanted, member.name)

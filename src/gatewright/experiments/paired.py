@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gatewright.experiments.t_test import upper_tail
+from gatewright.experiments.t_test import quantile
 
 
 class Paired(NamedTuple):
@@ -18,23 +18,12 @@ class Paired(NamedTuple):
     high: float
 
 
-def t_quantile(upper: float, degrees: int) -> float:
-    """Return the t that Student's distribution exceeds with chance `upper`, 0 < upper <= 0.5."""
-    low, high = 0.0, 1.0
-    while upper_tail(high, degrees) > upper:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if upper_tail(middle, degrees) > upper else (low, middle)
-    return high
-
-
 def paired(differences: Sequence[float], chance: float = 0.95) -> Paired | None:
     """Return the mean difference with its interval; None below two values, or where one is not finite."""
     if len(differences) < 2 or not all(map(math.isfinite, differences)):
         return None
     mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-    reach = t_quantile((1 - chance) / 2, len(differences) - 1) * spread / math.sqrt(len(differences))
+    reach = quantile(len(differences) - 1, (1 - chance) / 2) * spread / math.sqrt(len(differences))
     return Paired(mean, mean - reach, mean + reach)
 
 

@@ -15,7 +15,8 @@ from gatewright.experiments.arms import run_arms
 from gatewright.experiments.compare import crossing
 from gatewright.experiments.granularity import bits, gaps
 from gatewright.experiments.lab import Arm, Plan, Record
-from gatewright.experiments.paired import finite, interval, t_quantile
+from gatewright.experiments.paired import finite, interval
+from gatewright.experiments.t_test import quantile
 from gatewright.parts import Capacity
 
 _WIDTH = 256
@@ -67,7 +68,7 @@ class Law(NamedTuple):
         x = math.log(parameters)
         line = math.log(self.a) - self.b * x
         width = math.sqrt(1 + 1 / self.points + (x - self.middle) ** 2 / self.squares)
-        reach = t_quantile((1 - chance) / 2, self.points - 2) * self.deviation * width
+        reach = quantile(self.points - 2, (1 - chance) / 2) * self.deviation * width
         return math.exp(line), math.exp(line - reach), math.exp(line + reach)
 
 
