@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gatewright.experiments.local_page import table
+from gatewright.experiments.pages import measured_with
 
 Record = dict[str, Any]
 
@@ -22,7 +23,6 @@ def page_of(record: Record, title: str, picture: str, alt: str, notes: Sequence[
     """Return a page: claim, verdict, picture, tables, how it was run, where."""
     quick = record["quick"]
     name = record["target"].replace("/", "-") + ("-quick" if quick else "")
-    where = record["environment"]
     lines = [
         f"# {title}",
         "",
@@ -37,8 +37,7 @@ def page_of(record: Record, title: str, picture: str, alt: str, notes: Sequence[
         "",
         *notes,
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

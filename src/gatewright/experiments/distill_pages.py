@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gatewright.experiments.pages import measured_with
 from gatewright.inspection.plots.rows import draw_rows
 
 Record = dict[str, Any]
@@ -81,7 +82,7 @@ def _bits(values: list[float]) -> str:
 
 def distilled_page(record: Record) -> str:
     """Return the page: claim, verdict, every model of every seed beside the paper's figures."""
-    where, plan = record["environment"], record["plan"]
+    plan = record["plan"]
     quick = " --quick" if record["quick"] else ""
     picture = f"{record['target'].replace('/', '-')}{'-quick' if record['quick'] else ''}-kept.png"
     goals = [
@@ -113,8 +114,7 @@ def distilled_page(record: Record) -> str:
         "that starts from trained weights has been trained for longer: the dense model with a second "
         "schedule from its own weights says what that alone is worth.",
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

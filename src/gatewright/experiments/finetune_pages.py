@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gatewright.experiments.pages import measured_with
 from gatewright.experiments.t_test import paired
 from gatewright.inspection.plots.rows import draw_rows
 
@@ -73,7 +74,6 @@ def _about(record: Mapping[str, Any]) -> list[str]:
 
 def tuned_page(record: Record) -> str:
     """Return the page: claim, verdict, every side, task and seed beside the paper's figures."""
-    where = record["environment"]
     quick = " --quick" if record["quick"] else ""
     picture = f"{record['target'].replace('/', '-')}{'-quick' if record['quick'] else ''}-rows.png"
     goals = [
@@ -94,8 +94,7 @@ def tuned_page(record: Record) -> str:
         "",
         *_about(record),
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

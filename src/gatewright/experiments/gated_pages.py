@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gatewright.experiments.pages import measured_with
 from gatewright.inspection.plots.rows import draw_rows
 
 Record = dict[str, Any]
@@ -147,7 +148,7 @@ def _page(
     record: Record, title: str, picture_of: str, head: list[str], rows: list[list[str]], notes: list[str]
 ) -> str:
     """Return a page: claim, verdict, picture, table, notes, machine."""
-    where, plan = record["environment"], record["plan"]
+    plan = record["plan"]
     quick = " --quick" if record["quick"] else ""
     name = record["target"].replace("/", "-") + ("-quick" if record["quick"] else "")
     lines = [
@@ -163,8 +164,7 @@ def _page(
         f"without a new best, figures are of the other half. Seeds {', '.join(map(str, plan['seeds']))}, all "
         f"shown; {_minutes(record):.1f} CPU minutes in all.",
         *(note for note in notes if note),
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
     ]
     return "\n\n".join(lines) + "\n"
 

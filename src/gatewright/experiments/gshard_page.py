@@ -9,6 +9,7 @@ from typing import Any
 
 from gatewright.experiments.gshard_runs import BILINGUAL, MANY, SPARSE, TWIN
 from gatewright.experiments.gshard_text import VERSES
+from gatewright.experiments.pages import measured_with
 from gatewright.inspection.plots.learning import draw_learning
 from gatewright.inspection.plots.rows import draw_rows
 
@@ -33,7 +34,7 @@ PAPER_BLEU = {
 
 def quality_page(record: Record) -> str:
     """Return the page: claim, verdict, BLEU by language and source, tokens to cross-entropies, transfer."""
-    where, verdict = record["environment"], record["verdict"]
+    verdict = record["verdict"]
     quick = " --quick" if record["quick"] else ""
     name = record["target"].replace("/", "-") + ("-quick" if record["quick"] else "")
     lines = [
@@ -57,8 +58,7 @@ def quality_page(record: Record) -> str:
         "## What was trained on what",
         _about(record),
         _samples(record),
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
     ]  # fmt: skip
     return "\n\n".join(lines) + "\n"
 

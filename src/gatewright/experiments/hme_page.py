@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gatewright.experiments.pages import measured_with
 from gatewright.inspection.plots.learning import draw_learning
 
 Record = dict[str, Any]
@@ -23,7 +24,7 @@ WHAT = {
 
 def hme_page(record: Record) -> str:
     """Return the page: claim, verdict, every system beside the paper with every seed."""
-    where, plan, quick = record["environment"], record["plan"], record["quick"]
+    plan, quick = record["plan"], record["quick"]
     rows = [
         _row(name, own["summary"], record["paper"][name], plan) for name, own in record["systems"].items()
     ]
@@ -64,8 +65,7 @@ def hme_page(record: Record) -> str:
         f"all. All "
         f"systems together took {seconds / 60:.1f} CPU minutes.",
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gatewright.experiments.lab import kept
+from gatewright.experiments.pages import measured_with
 from gatewright.experiments.quickstart import QUICKSTART, run_plan
 from gatewright.training.evaluate import EvalRun, evaluate_run
 from gatewright.training.workplace import environment, now
@@ -58,7 +59,6 @@ def verdict(record: Record) -> Record:
 
 def int8_page(record: Record) -> str:
     """Return the page: claim, verdict, every seed and domain."""
-    where = record["environment"]
     names = list(record["seeds"][0]["as_trained"])
     rows = []
     for seed in record["seeds"]:
@@ -79,8 +79,7 @@ def int8_page(record: Record) -> str:
         f"Bits per byte on {record['seeds'][0]['num_bytes']:,} bytes of validation text; the models are "
         "those of `gatewright reproduce race/quickstart`.",
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

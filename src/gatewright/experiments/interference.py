@@ -16,6 +16,7 @@ from gatewright.experiments.interference_vowels import (
     run_vowels,
     setbacks,
 )
+from gatewright.experiments.pages import measured_with
 from gatewright.inspection.plots.setbacks import draw_setbacks
 from gatewright.training.workplace import environment, now
 
@@ -94,7 +95,7 @@ def _curves(record: Record) -> dict[str, dict[str, list[tuple[float, float]]]]:
 
 def interference_page(record: Record) -> str:
     """Return the page: claim, verdict, every comparison of both halves."""
-    where, plan, quick = record["environment"], record["plan"], record["quick"]
+    plan, quick = record["plan"], record["quick"]
     vowels, text = plan["vowels"], plan["text"]
     lines = [
         "# Interference (1991): one net for everything, or a mixture",
@@ -134,8 +135,7 @@ def interference_page(record: Record) -> str:
         )
         + ".",
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from gatewright.experiments.pages import measured_with
 from gatewright.inspection.plots.arms import draw_arms
 
 Record = dict[str, Any]
@@ -53,7 +54,7 @@ def _row(name: str, arm: Record) -> list[str]:
 
 def lab_page(record: Record, title: str) -> str:
     """Return the page: claim, verdict, machine, every arm with every seed."""
-    where, plan = record["environment"], record["plan"]
+    plan = record["plan"]
     head = [
         "arm",
         "bits per byte, mean",
@@ -96,8 +97,7 @@ def lab_page(record: Record, title: str) -> str:
         "",
         *notes,
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

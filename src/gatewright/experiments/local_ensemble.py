@@ -10,6 +10,7 @@ from typing import Any
 
 from gatewright.data.vowels import peterson_barney
 from gatewright.experiments.descent import descend
+from gatewright.experiments.pages import measured_with
 from gatewright.experiments.vowel_runs import READINGS, TEST, TRAIN, percents_right
 from gatewright.inspection.plots.errors import draw_errors
 from gatewright.papers import get_paper
@@ -110,7 +111,7 @@ def verdict(record: Record) -> Record:
 
 def ensemble_page(record: Record) -> str:
     """Return the page: claim, verdict, every system with every seed."""
-    where, plan, quick = record["environment"], record["plan"], record["quick"]
+    plan, quick = record["plan"], record["quick"]
     rows = []
     for name, arm in record["systems"].items():
         means = [statistics.fmean(arm[key]) for key in ("train_error", "test_error")]
@@ -144,8 +145,7 @@ def ensemble_page(record: Record) -> str:
         f"Reading A of table 1, same cases; {plan['updates']} updates, seeds 0 to {plan['seeds'] - 1}. "
         "Error: mean over cases of the squared difference between target and blend.",
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gatewright.data.vowels import peterson_barney
 from gatewright.experiments.descent import Descent, descend
+from gatewright.experiments.pages import measured_with
 from gatewright.experiments.vowel_runs import ALIVE, READINGS, TRAIN
 from gatewright.inspection.plots.lines import draw_lines, draw_paths
 from gatewright.papers import get_paper
@@ -196,7 +197,7 @@ def verdict(record: Record, paths: bool) -> Record:
 
 def figure_page(record: Record, name: str) -> str:
     """Return the page: claim, verdict, picture, every seed."""
-    where, plan, quick = record["environment"], record["plan"], record["quick"]
+    plan, quick = record["plan"], record["quick"]
     head = ["seed", "epochs", "used experts", *(f"{pair}: expert, % right" for pair in PAIRS)]
     head += ["together at the start, most (epoch), end"]
     rows = []
@@ -231,8 +232,7 @@ def figure_page(record: Record, name: str) -> str:
         f"the picture is that of seed {plan['seeds'][0]}. Learned alone, a line gets right {alone}. "
         "Together: length of the mean of the lines' unit normals.",
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gatewright.experiments.pages import measured_with
 from gatewright.inspection.plots.epochs import draw_epochs
 
 Record = dict[str, Any]
@@ -15,7 +16,7 @@ Record = dict[str, Any]
 
 def table1_page(record: Record) -> str:
     """Return the page: claim, verdict, each reading beside the paper, what was searched, every run."""
-    where, plan = record["environment"], record["plan"]
+    plan = record["plan"]
     quick = " --quick" if record["quick"] else ""
     picture = f"local_experts-table1{'-quick' if record['quick'] else ''}-epochs.png"
     lines = [
@@ -42,8 +43,7 @@ def table1_page(record: Record) -> str:
         lines += ["", *(f"- {size}: {_every_run(own)}" for size, own in reading["systems"].items())]
     lines += [
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 Record = dict[str, Any]
+
+
+def measured_with(record: Mapping[str, Any]) -> str:
+    """Return what a result was measured with: version and commit, torch, threads, processor and date."""
+    where = record["environment"]
+    return (
+        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
+        f"{where['threads']} threads, {where['processor']}, {record['created']}."
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

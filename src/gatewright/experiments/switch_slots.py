@@ -15,6 +15,7 @@ from gatewright.evaluation import take_bytes
 from gatewright.experiments.arms import quick_form
 from gatewright.experiments.lab import Arm, Plan, Record, kept, stepper_of
 from gatewright.experiments.lab_counts import windows
+from gatewright.experiments.pages import measured_with
 from gatewright.inspection.plots.slots import Places, draw_slots
 from gatewright.parts import Capacity
 from gatewright.training.runlog import Progress
@@ -89,7 +90,6 @@ def slots_verdict(record: Record) -> Record:
 
 def slots_page(record: Record) -> str:
     """Return the page: the sentence, the picture, what was run and where."""
-    where = record["environment"]
     quick = " --quick" if record["quick"] else ""
     picture = f"switch-slots{'-quick' if quick else ''}-batch.png"
     return "\n".join(
@@ -106,8 +106,7 @@ def slots_page(record: Record) -> str:
             "on the default corpus; C = ceil(f T / E) places, validation text of all domains, first come "
             "first served.",
             "",
-            f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-            f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+            measured_with(record),
             "",
         ]
     )

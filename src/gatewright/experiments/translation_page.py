@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from gatewright.experiments.pages import measured_with
 from gatewright.inspection.plots.rows import draw_rows
 
 Record = dict[str, Any]
@@ -31,7 +32,6 @@ SYSTEMS = ("GNMT-Mono", "GNMT-Multi", "MoE-Multi")
 
 def translation_page(record: Record) -> str:
     """Return the page: claim, verdict, BLEU of every pair and seed beside the paper's, sizes, examples."""
-    where = record["environment"]
     quick = " --quick" if record["quick"] else ""
     name = record["target"].replace("/", "-") + ("-quick" if record["quick"] else "")
     lines = [
@@ -46,8 +46,7 @@ def translation_page(record: Record) -> str:
         _system_table(record),
         _about(record),
         _examples(record),
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gatewright.experiments.lab import Record
 from gatewright.experiments.lab_pages import lab_pictures, mean_bits
+from gatewright.experiments.pages import measured_with
 from gatewright.experiments.trials import Course, Look, Source, run_course, text_stream
 from gatewright.training.workplace import environment, now
 
@@ -85,7 +86,7 @@ def table(head: tuple[str, ...] | list[str], rows: list[list[str]]) -> list[str]
 
 def trial_page(record: Record, title: str, pictures: list[str]) -> str:
     """Return the page: claim, verdict, pictures, every arm with every seed, what else the verdict tells."""
-    where, plan = record["environment"], record["plan"]
+    plan = record["plan"]
     quick = "-quick" if record["quick"] else ""
     command = f"gatewright reproduce {record['target']}{' --quick' if record['quick'] else ''}"
     notes = [f"- {name}: {arm['note']}" for name, arm in record["arms"].items() if arm["note"]]
@@ -112,8 +113,7 @@ def trial_page(record: Record, title: str, pictures: list[str]) -> str:
         "",
         *notes,
         "",
-        f"gatewright {where['gatewright']} at commit {where['commit']}, torch {where['torch']}, "
-        f"{where['threads']} threads, {where['processor']}, {record['created']}.",
+        measured_with(record),
         "",
     ]
     return "\n".join(lines)
