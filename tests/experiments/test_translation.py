@@ -123,6 +123,8 @@ def test_bleu_is_of_what_was_written_against_the_target(monkeypatch: pytest.Monk
     monkeypatch.setattr(translation_runs, "bleu", watched)
     record = found(model, lines, lines.ends(settings), ("fr", "en"), TINY)
     (written, wanted), *kinds = asked
+    for kind in (VERSES, CATALOGS):
+        assert {lines.tokenizer.decode(ids) for ids in lines.parts[kind]["en"]} <= set(KINDS[kind]["en"])
     tested = [ids for kind in (VERSES, CATALOGS) for ids in lines.parts[kind]["en"][:2]]
     assert wanted == [lines.tokenizer.decode(ids) for ids in tested]
     assert kinds == [(written[:2], wanted[:2]), (written[2:], wanted[2:])]

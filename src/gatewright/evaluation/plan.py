@@ -29,6 +29,7 @@ from gatewright.papers import (
     text_papers,
     trained_papers,
 )
+from gatewright.papers.settings_table import settings_of
 
 GB = 1e9
 # What of a device's memory may be filled; the rest is for kernels, buffers and fragments.
@@ -243,8 +244,7 @@ def _from_run(path: Path) -> tuple[str, str, Any]:
             raise UserError(
                 f"{path}: [model] has {key!r}{did_you_mean(key, fields)}; allowed: {', '.join(fields)}"
             )
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
-    return str(path.parent), paper_id, kind(**values)
+    return str(path.parent), paper_id, settings_of(kind, model)
 
 
 def _table(tables: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:

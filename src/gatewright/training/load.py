@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from gatewright.data import Tokenizer, load_tokenizer
 from gatewright.errors import UserError
 from gatewright.papers.registry import get_paper
+from gatewright.papers.settings_table import settings_of
 from gatewright.parts import quantise_experts
 from gatewright.training.checkpoint import newest_checkpoint
 from gatewright.training.checks import resolve_device
@@ -48,8 +48,8 @@ def load_run(
     out = Path(out)
     tables = read_run_settings(out)
     paper = get_paper(tables["run"]["paper"])
-    settings = _from_table(paper.Settings, tables["model"])
-    run = _from_table(TrainRun, tables["run"])
+    settings = settings_of(paper.Settings, tables["model"])
+    run = settings_of(TrainRun, tables["run"])
     place = resolve_device(device)
     held = newest_checkpoint(out / "checkpoints")
     if held is None:
@@ -83,8 +83,3 @@ def read_run_settings(out: Path) -> dict[str, dict[str, Any]]:
             f"train`{hint}"
         )
     return read_settings(out / "run.toml")
-
-
-def _from_table(kind: type, table: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(kind)}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k in known})

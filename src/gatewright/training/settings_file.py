@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gatewright.errors import UserError
+from gatewright.papers.settings_table import table_of
 from gatewright.training.checkpoint import write_atomic
 
 # What may change between a run and its continuation: nothing that a number depends on.
@@ -28,10 +29,11 @@ def _literal(value: Any) -> str:
 
 
 def settings_tables(run: Any, model: Any) -> dict[str, dict[str, Any]]:
-    """Return {"run": {...}, "model": {...}} as plain data; settings that are None are left out."""
-    own = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name != "model"}
-    tables = {"run": own, "model": dataclasses.asdict(model)}
-    return {name: {k: v for k, v in table.items() if v is not None} for name, table in tables.items()}
+    """Return {"run": {...}, "model": {...}} as plain data; settings that are None by default and still are
+    so are left out.
+    """
+    own = {name: value for name, value in table_of(run).items() if name != "model"}
+    return {"run": own, "model": table_of(model)}
 
 
 def write_settings(path: Path, run: Any, model: Any) -> None:
