@@ -102,10 +102,7 @@ def tuned_settings(loaded: LoadedRun, options: FineTuneRun) -> Any:
             )
         changes |= {} if share is None else {name: share}
     if getattr(loaded.settings, "capacity_factor", None) is not None:
-        # As many places as tokens; run.toml has no word for none where the default is a number.
-        experts = loaded.settings.num_experts
-        enough = float(max(experts) if isinstance(experts, tuple) else experts)
-        changes["capacity_factor"] = options.capacity_factor or enough
+        changes["capacity_factor"] = options.capacity_factor
     return dataclasses.replace(loaded.settings, **changes)
 
 
