@@ -24,7 +24,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str, dict[str, 
     work = tmp_path_factory.mktemp("work")
     patch = pytest.MonkeyPatch()
     patch.setattr(gshard_quality, "open_sources", lambda plan, say: sources())
-    patch.setattr(gshard_runs, "translate", no_search)
+    patch.setattr(gshard_runs, "write_texts", no_search)
     record, page, pictures = run_quality(work, False, TINY)
     patch.undo()
     return record, page, pictures, work

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gatewright.beams import BeamSearch
 from gatewright.data.parallel import exchanged
+from gatewright.data.translations import first_batches
 from gatewright.errors import UserError
 from gatewright.evaluation.bleu import Bleu
 from gatewright.experiments import gshard_runs, gshard_text
-from gatewright.experiments.gshard_runs import batches_of
 from gatewright.experiments.gshard_text import many_to_many, many_to_one, split_texts
-from tests.experiments.gshard_words import CATALOGS, TEXT, TINY, TRANSLATE, VERSES, no_search, sources
+from gatewright.experiments.written import write_texts
+from tests.experiments.gshard_words import CATALOGS, TEXT, TINY, VERSES, sources
 
 
 def test_no_text_of_either_source_stands_on_two_sides():
@@ -78,12 +80,12 @@ def test_without_the_book_it_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch
 
 def test_a_wrong_source_is_the_one_of_the_line_before():
     one = many_to_one(TEXT, split_texts(TEXT, sources().lines))
-    (batch,) = batches_of(one, "test/verses", ("fr", "en"), one.ends(8), 3)
+    (batch,) = first_batches(one.parts["test/verses"], ("fr", "en"), one.ends(8), 3)
     moved = exchanged(batch)
     assert np.array_equal(moved.source, batch.source[[2, 0, 1]])
     assert np.array_equal(moved.source_mask, batch.source_mask[[2, 0, 1]])
     assert moved.labels is batch.labels
-    assert batches_of(one, "dev/catalogs", ("sv", "en"), one.ends(8), 3) == []
+    assert first_batches(one.parts["dev/catalogs"], ("sv", "en"), one.ends(8), 3) == []
 
 
 def replace_parts(corpus: Any) -> Any:
@@ -97,11 +99,11 @@ def test_what_is_written_is_searched_for_and_stands_beside_its_reference(monkeyp
     one = many_to_one(TEXT, split_texts(TEXT, sources().lines))
     model: Any = gshard_runs.build(TINY.settings(TINY.systems[0], one)).eval()
     plan, ends = replace(TINY, text=replace(TEXT, longest=4)), one.ends(8)
-    batches = batches_of(one, "test/verses", ("fr", "en"), ends, 2)
-    written = TRANSLATE(plan, model, one, batches, ends)
+    batches = first_batches(one.parts["test/verses"], ("fr", "en"), ends, 2)
+    written = write_texts(model, batches, one.target, ends, BeamSearch(1, 0.6, 5))
     assert len(written) == 2
     asked: list[Any] = []
-    monkeypatch.setattr(gshard_runs, "translate", lambda *given: written)
+    monkeypatch.setattr(gshard_runs, "write_texts", lambda *given: written)
     monkeypatch.setattr(gshard_runs, "bleu", lambda *both: asked.append(both) or Bleu(1.0, "watched"))
     found = gshard_runs.quality(plan, model, replace_parts(one), ("fr", "en"), ends)
     wanted = [one.target.decode(ids) for ids in one.parts["test/verses"]["en"][:2]]
@@ -131,8 +133,12 @@ def test_pairs_that_are_unseen_are_in_no_batch(monkeypatch: pytest.MonkeyPatch, 
                 seen.add(pair)
             return super().advance()
 
+    def handed_on(model: Any, batches: Any, tokenizer: Any, ends: Any, search: Any) -> list[str]:
+        rows = [row for batch in batches for row in zip(batch.source, batch.source_mask, strict=True)]
+        return [tokenizer.decode(source[mask][1:-1]) for source, mask in rows]
+
     monkeypatch.setattr(gshard_runs, "PairTrainer", Watched)
-    monkeypatch.setattr(gshard_runs, "translate", no_search)
+    monkeypatch.setattr(gshard_runs, "write_texts", handed_on)
     settings = plan.settings(plan.systems[-1], many)
     found = gshard_runs.run_model(
         plan, settings, many, TEXT.seen, TEXT.unseen, 0, tmp_path, lambda share: None

@@ -16,6 +16,8 @@ COMMANDS: dict[str, str] = {
     "chat": "talk with a model that has a chat template",
     "distill": "a dense student of a sparse run, and what it keeps of the teacher's gain",
     "finetune": "train a run further on a small real task, and test it there",
+    "pairs": "train a model that translates, on lines in several languages",
+    "translate": "translate texts with such a model",
     "plan": "parameters, FLOPs and memory of a model, without building it",
     "papers": "the lineage of Mixture-of-Experts and what each paper added",
     "routers": "every routing rule: scores, selection, weights, losses, causal or not",

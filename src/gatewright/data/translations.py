@@ -172,3 +172,12 @@ def first_pairs(texts: Mapping[str, Sequence[Ids]], direction: Direction, most: 
     both = zip(*(texts[language] for language in direction), strict=True)
     rows = [row for row in both if all(len(ids) for ids in row)][:most]
     return {language: [row[place] for row in rows] for place, language in enumerate(direction)}
+
+
+def first_batches(
+    texts: Mapping[str, Sequence[Ids]], direction: Direction, ends: Ends, most: int
+) -> list[PairBatch]:
+    """Return the first pairs of a direction in their order, as one batch, or none where there is no pair."""
+    own = first_pairs(texts, direction, most)
+    count = len(own[direction[0]])
+    return Translations(own, (direction,), ends, batch_size=count).in_order(0) if count else []

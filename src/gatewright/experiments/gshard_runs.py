@@ -10,17 +10,15 @@ from typing import Any
 
 import torch
 
-from gatewright.backbones import PairModel
-from gatewright.beams import BeamSearch, beam_search
-from gatewright.data.parallel import TARGET, PairBatch, exchanged
-from gatewright.data.translations import Direction, Ends, Translations, first_pairs
+from gatewright.beams import BeamSearch
+from gatewright.data.parallel import TARGET, exchanged
+from gatewright.data.translations import Direction, Ends, Translations, first_batches, first_pairs
 from gatewright.evaluation.bleu import bleu
 from gatewright.experiments.gshard_text import TRAIN, VERSES, Corpus, TextPlan
 from gatewright.experiments.lab import Record
-from gatewright.generation import for_generation
+from gatewright.experiments.written import loss_of, write_texts
 from gatewright.papers.gshard import Settings, build, objective
-from gatewright.parts import MoELayer
-from gatewright.training.pairs import PairRun, PairTrainer, held_out_loss, train_pairs
+from gatewright.training.pairs import PairRun, PairTrainer, train_pairs
 
 Show = Callable[[float], None]
 
@@ -141,7 +139,7 @@ def run_model(
         for part in corpus.parts
         if part.startswith("dev/")
         for direction in directions
-        for batch in batches_of(corpus, part, direction, ends, plan.dev_lines)
+        for batch in first_batches(corpus.parts[part], direction, ends, plan.dev_lines)
     ]
 
     def measure() -> dict[str, float]:
@@ -163,23 +161,6 @@ def run_model(
     return {"seed": seed, "train": took, "directions": found}
 
 
-def batches_of(corpus: Corpus, part: str, direction: Direction, ends: Ends, most: int) -> list[PairBatch]:
-    """Return the first pairs of a part in one direction, in order: in one batch, or none where it has no
-    such pair.
-    """
-    own = first_pairs(corpus.parts[part], direction, most)
-    count = len(own[direction[0]])
-    return Translations(own, (direction,), ends, batch_size=count).in_order(0) if count else []
-
-
-def loss_of(model: PairModel, batches: Sequence[PairBatch]) -> tuple[float, int]:
-    """Return nats of all targets' tokens together and their number; no expert drops anything, so that no
-    token's loss depends on what stands behind it.
-    """
-    with for_generation(model, [module for module in model.modules() if isinstance(module, MoELayer)]):
-        return held_out_loss(model, batches)
-
-
 def quality(plan: QualityPlan, model: Any, corpus: Corpus, direction: Direction, ends: Ends) -> Record:
     """Return what a model makes of the test lines of one direction, by source and over verses and catalogs
     together ("bleu"): nats with the right source and with another line's, BLEU, and the BLEU of the same
@@ -190,14 +171,15 @@ def quality(plan: QualityPlan, model: Any, corpus: Corpus, direction: Direction,
     written: dict[str, list[str]] = {}
     wanted: dict[str, list[str]] = {}
     for part in (name for name in corpus.parts if name.startswith("test/")):
-        batches = batches_of(corpus, part, direction, ends, plan.test_lines)
+        batches = first_batches(corpus.parts[part], direction, ends, plan.test_lines)
         if not batches:
             continue
         source = part.partition("/")[2]
         nats, count = loss_of(model, batches)
         wrong, _ = loss_of(model, [exchanged(batch) for batch in batches])
         own = first_pairs(corpus.parts[part], direction, plan.test_lines)
-        written[source] = translate(plan, model, corpus, batches, ends)
+        search = BeamSearch(plan.beams, plan.alpha, plan.text.longest + 1)
+        written[source] = write_texts(model, batches, corpus.target, ends, search)
         wanted[source] = [corpus.target.decode(ids) for ids in own[direction[1]]]
         given = [corpus.source.decode(ids) for ids in own[direction[0]]]
         score = bleu(written[source], wanted[source])
@@ -223,18 +205,3 @@ def quality(plan: QualityPlan, model: Any, corpus: Corpus, direction: Direction,
 
 def _moved(lines: list[str]) -> list[str]:
     return [*lines[-1:], *lines[:-1]]
-
-
-def translate(
-    plan: QualityPlan, model: Any, corpus: Corpus, batches: Sequence[PairBatch], ends: Ends
-) -> list[str]:
-    """Return the texts that a model writes for these sources."""
-    search = BeamSearch(plan.beams, plan.alpha, plan.text.longest + 1)
-    texts: list[str] = []
-    for batch in batches:
-        source, mask = torch.from_numpy(batch.source), torch.from_numpy(batch.source_mask)
-        found = beam_search(model, source, start=ends.end, end=ends.end, source_mask=mask, search=search)
-        # A tag or a second end inside a target is no text.
-        size = corpus.target.vocab_size
-        texts += [corpus.target.decode([i for i in best[0].ids if i < size]) for best in found]
-    return texts

@@ -113,7 +113,7 @@ def objective(settings: Settings) -> SpanCorruption:
 
 
 DEVIATIONS: tuple[str, ...] = (
-    "`train` has it fill masked spans of any text; the paper translates 100 languages into English.",
+    "`train` has it fill masked spans of any text, `pairs` translate; the paper translates 100 languages.",
     "T5's relative positions and norms before each layer (ours): the paper does not say what it has.",
     "In evaluation every second choice is used and no coin flipped; algorithm 1 makes no difference.",
     "k of l_aux is not in the paper: 0.01 of E^2 l_aux is ours. AdamW; no dropout of attention weights.",

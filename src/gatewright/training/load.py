@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from gatewright.data import Tokenizer, load_tokenizer
@@ -19,7 +18,7 @@ from gatewright.training.checks import resolve_device
 from gatewright.training.precision import set_router_dtype
 from gatewright.training.run import TrainRun
 from gatewright.training.settings_file import read_settings
-from gatewright.training.state import saved_buffers
+from gatewright.training.state import load_weights
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ def load_run(
     """
     out = Path(out)
     tables = read_run_settings(out)
+    if "into" in tables["run"]:
+        raise UserError(f"{out} is a run of pairs; translate with it: gatewright translate {out} --text ...")
     paper = get_paper(tables["run"]["paper"])
     settings = settings_of(paper.Settings, tables["model"])
     run = settings_of(TrainRun, tables["run"])
@@ -60,9 +61,7 @@ def load_run(
         if "average" not in held.tensors:
             raise UserError(f"{out} was trained without averaged weights (ema 0); use the live ones")
         weights |= held.tensors["average"]
-    with torch.no_grad():
-        for name, value in [*model.named_parameters(), *saved_buffers(model)]:
-            value.copy_(weights[name])
+    load_weights(model, weights)
     set_router_dtype(model, run.router_dtype)
     tokenizer = load_tokenizer(out / "tokenizer.json")
     if int8_experts:

@@ -150,19 +150,23 @@ def train_pairs(
     folder: Path,
     show: Callable[[int, float], None] = lambda step, loss: None,
     measure: Callable[[], dict[str, float]] = dict,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train to the end of the run, from the newest checkpoint in `folder`; `show` gets a step and its loss
-    now and then, and the trainer's curve a point, with what `measure` finds at it.
+    now and then, and the trainer's curve a point, with what `measure` finds at it. Where `stop` asks for it,
+    training ends with a checkpoint after the step at hand.
     """
     trainer.resume(folder)
     run = trainer.run
     every = max(1, run.steps // 20)
-    while trainer.step < run.steps:
+    asked = stop()
+    while trainer.step < run.steps and not asked:
         loss = float(trainer.advance().task.detach())
         if trainer.step % every == 0 or trainer.step == run.steps:
             trainer.curve.append({"step": trainer.step, "loss": loss, **measure()})
             show(trainer.step, loss)
-        if trainer.step % run.checkpoint_every == 0 or trainer.step == run.steps:
+        asked = stop()
+        if trainer.step % run.checkpoint_every == 0 or trainer.step == run.steps or asked:
             trainer.save(folder)
 
 

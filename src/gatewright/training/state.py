@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from gatewright.parts import Router
@@ -15,6 +16,13 @@ def saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [
         (name, value) for name, value in model.state_dict(keep_vars=True).items() if name not in parameters
     ]
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's parameters and saved buffers into a model of the same sizes."""
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *saved_buffers(model)]:
+            value.copy_(weights[name])
 
 
 def update_rules(routers: Mapping[str, Router], stats: Mapping[str, Mapping[str, Tensor]]) -> None:
