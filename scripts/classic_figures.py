@@ -9,6 +9,7 @@ from gatewright.experiments.distill_pages import distilled_block
 from gatewright.experiments.finetune_pages import tuned_block
 from gatewright.experiments.gshard_page import language_table, token_table
 from gatewright.experiments.interference import text_table, vowel_table
+from gatewright.experiments.rates import rates_table
 
 
 def table1_block(record: Mapping[str, Any], source: str) -> str:
@@ -115,6 +116,12 @@ def slots_block(record: Mapping[str, Any], source: str) -> str:
     return f"Drawn: {record['verdict']['sentence']}.\n\n{_measured(record, source)}\n"
 
 
+def rates_block(record: Mapping[str, Any], source: str) -> str:
+    """Return a sweep of learning rates: sentence, table, and where it was measured."""
+    lines = [f"{record['verdict']['sentence']}", "", *rates_table(dict(record))]
+    return "\n".join([*lines, _measured(record, source)]) + "\n"
+
+
 def _measured(record: Mapping[str, Any], source: str) -> str:
     place = record["environment"]
     return (
@@ -133,5 +140,6 @@ BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "distilled": distilled_block,
     "gshard_quality": quality_block,
     "slots": slots_block,
+    "rates": rates_block,
     "finetuned": tuned_block,
 }

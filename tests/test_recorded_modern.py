@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tomllib
@@ -12,10 +13,12 @@ import pytest
 from gatewright.experiments import (
     balance_scope,
     deepseek_mtp,
+    lab,
     mixtral_passkey,
     mixtral_routing,
     olmoe_dense,
     olmoe_stability,
+    rates,
     trials,
 )
 from gatewright.experiments.trial_pages import trial_page
@@ -52,4 +55,23 @@ def test_every_arm_and_seed_is_recorded_and_verdict_and_page_follow(name: str) -
         assert (ROOT / f"{name}-{picture}.png").is_file()
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     first, _, second = name.partition("-")
+    assert set(expected[first][second]) == {"metric", "sign", "least_effect"}
+
+
+@pytest.mark.parametrize(
+    "target", [t for t in rates.SWEPT if (ROOT / f"{t.replace('/', '-')}.json").is_file()]
+)
+def test_every_rate_of_a_sweep_is_recorded_and_verdict_and_page_follow(target: str) -> None:
+    plan, names, _ = rates.SWEPT[target]
+    name = target.replace("/", "-")
+    record = json.loads((ROOT / f"{name}.json").read_text(encoding="utf-8"))
+    assert not record["quick"]
+    assert record["plan"] == lab._shared(dataclasses.replace(plan, seeds=(rates.SEED,), evaluations=1))
+    assert list(record["arms"]) == list(names)
+    for own in record["arms"].values():
+        assert [one["learning_rate"] for one in own] == list(rates.RATES)
+    assert json.loads(json.dumps(rates.rates_verdict(record))) == record["verdict"]
+    assert rates.rates_page(record) == (ROOT / f"{name}.md").read_text(encoding="utf-8")
+    expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
+    first, _, second = target.partition("/")
     assert set(expected[first][second]) == {"metric", "sign", "least_effect"}

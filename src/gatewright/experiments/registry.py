@@ -43,6 +43,7 @@ from gatewright.experiments.local_table1 import run_table1
 from gatewright.experiments.modern import MODERN
 from gatewright.experiments.pages import race_page
 from gatewright.experiments.quickstart import HOUR, QUICKSTART, RacePlan, run_plan
+from gatewright.experiments.rates import SWEEPS
 from gatewright.experiments.rules_compared import CLAIM as COMPARE_CLAIM
 from gatewright.experiments.rules_compared import run_compare
 from gatewright.experiments.switch_targets import SWITCH
@@ -126,6 +127,7 @@ TARGETS: dict[str, Target] = {
             **GRANULAR,
             **MODERN,
             **SWITCH,
+            **SWEEPS,
         }.items()
     },
 }
