@@ -9,6 +9,7 @@ from gatewright.experiments.distill_pages import distilled_block
 from gatewright.experiments.finetune_pages import tuned_block
 from gatewright.experiments.gshard_page import language_table, token_table
 from gatewright.experiments.interference import text_table, vowel_table
+from gatewright.experiments.pages import taken_from
 from gatewright.experiments.rates import rates_table
 
 
@@ -30,7 +31,7 @@ def table1_block(record: Mapping[str, Any], source: str) -> str:
                 f"| {name} | {size} | {own['rate']:g} | {epochs} | {got['train_percent']:.1f} "
                 f"| {got['test_percent']:.1f} | {got['reached']} of {runs} |"
             )
-    return "\n".join([*lines, "", _measured(record, source)]) + "\n"
+    return "\n".join([*lines, "", taken_from(record, source)]) + "\n"
 
 
 def hme_block(record: Mapping[str, Any], source: str) -> str:
@@ -47,7 +48,7 @@ def hme_block(record: Mapping[str, Any], source: str) -> str:
         lines.append(
             f"| {name} | {got['error_mean']:.3f}{spread} | {error:.2f} | {passes[0]} | {passes[1]} |"
         )
-    return "\n".join([*lines, "", _measured(record, source)]) + "\n"
+    return "\n".join([*lines, "", taken_from(record, source)]) + "\n"
 
 
 def gated_block(record: Mapping[str, Any], source: str) -> str:
@@ -74,13 +75,13 @@ def gated_block(record: Mapping[str, Any], source: str) -> str:
                     f"| {seed['seed']} | {own['expert']} | `{own['token']}` | {100 * own['purity']:.0f} % "
                     f"| {100 * own['token_share']:.2f} % |"
                 )
-    return "\n".join([*lines, "", _measured(record, source)]) + "\n"
+    return "\n".join([*lines, "", taken_from(record, source)]) + "\n"
 
 
 def interference_block(record: Mapping[str, Any], source: str) -> str:
     """Return what something new does to what is known, of vowels and of text, and where it was measured."""
     lines = [f"The expectation {record['verdict']['sentence']}.", "", *vowel_table(record["vowels"]), ""]
-    lines += [*text_table(record["text"]["runs"]), "", _measured(record, source)]
+    lines += [*text_table(record["text"]["runs"]), "", taken_from(record, source)]
     return "\n".join(lines) + "\n"
 
 
@@ -100,7 +101,7 @@ def translation_block(record: Mapping[str, Any], source: str) -> str:
     lines.append(row("mean BLEU", lambda seed: seed["mean_bleu"]))
     lines.append(row("dev perplexity", lambda seed: seed["perplexity"]))
     lines.append(row("training minutes", lambda seed: seed["train"]["seconds"] / 60))
-    return "\n".join([*lines, "", "BLEU by seed. " + _measured(record, source)]) + "\n"
+    return "\n".join([*lines, "", "BLEU by seed. " + taken_from(record, source)]) + "\n"
 
 
 def quality_block(record: Mapping[str, Any], source: str) -> str:
@@ -108,27 +109,20 @@ def quality_block(record: Mapping[str, Any], source: str) -> str:
     first = f"The expectation {record['verdict']['sentence']}."
     held = [f"- {'held' if ok else 'not held'}: {goal}" for goal, ok in record["verdict"]["goals"].items()]
     tables = language_table(dict(record)), token_table(dict(record))
-    return "\n\n".join([first, "\n".join(held), *tables, "BLEU by seed. " + _measured(record, source)]) + "\n"
+    return (
+        "\n\n".join([first, "\n".join(held), *tables, "BLEU by seed. " + taken_from(record, source)]) + "\n"
+    )
 
 
 def slots_block(record: Mapping[str, Any], source: str) -> str:
     """Return how one batch fills its experts' places as a sentence, and where it was measured."""
-    return f"Drawn: {record['verdict']['sentence']}.\n\n{_measured(record, source)}\n"
+    return f"Drawn: {record['verdict']['sentence']}.\n\n{taken_from(record, source)}\n"
 
 
 def rates_block(record: Mapping[str, Any], source: str) -> str:
     """Return a sweep of learning rates: sentence, table, and where it was measured."""
     lines = [f"{record['verdict']['sentence']}", "", *rates_table(dict(record))]
-    return "\n".join([*lines, _measured(record, source)]) + "\n"
-
-
-def _measured(record: Mapping[str, Any], source: str) -> str:
-    place = record["environment"]
-    return (
-        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
-        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
-        f"taken from `reproductions/{source}`."
-    )
+    return "\n".join([*lines, taken_from(record, source)]) + "\n"
 
 
 BLOCKS: dict[str, Callable[[Mapping[str, Any], str], str]] = {

@@ -18,6 +18,7 @@ if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
 from gatewright.experiments import deep_pages  # noqa: E402
+from gatewright.experiments.pages import taken_from  # noqa: E402
 from scripts import bench_figures, classic_figures  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w./-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -92,13 +93,10 @@ def arms_block(record: Mapping[str, Any], source: str) -> str:
         ahead = "" if arm["causal"] else " (looks ahead)"
         time = f"{arm['step_time']['median']:.2f}"
         lines.append(f"| {name}{ahead} | {bits} | {worst} | {lost} | {time} |")
-    place = record["environment"]
     lines += [
         "",
         *record["verdict"].get("table", []),
-        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
-        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
-        f"taken from `reproductions/{source}`.",
+        taken_from(record, source),
     ]
     return "\n".join(lines) + "\n"
 

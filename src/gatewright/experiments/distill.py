@@ -18,6 +18,7 @@ from gatewright.training.distiller import Distiller, Start
 from gatewright.training.evaluate import EvalRun, evaluate_run
 from gatewright.training.load import LoadedRun, load_run
 from gatewright.training.loop import train, write_result
+from gatewright.training.result import STOPPED, RecordedRun
 from gatewright.training.run import TrainRun
 from gatewright.training.workplace import command_line, environment, now
 
@@ -53,22 +54,13 @@ class DistillRun:
         check_teacher_weight(self.teacher_weight)
 
 
-@dataclass(frozen=True)
-class DistillResult:
-    """`record` is what distill.json holds, None where the user `stopped` before the end."""
-
-    out: Path
-    record: Record | None
-    stopped: bool
-
-    def to_dict(self) -> Record:
-        """Return plain data for JSON."""
-        return {"out": str(self.out), "stopped": self.stopped, **(self.record or {})}
+class DistillResult(RecordedRun):
+    """What distill.json holds, and where."""
 
     def to_text(self) -> str:
         """Return the result in a few lines."""
         if self.record is None:
-            return "stopped before the end, `--resume` continues"
+            return STOPPED
         rows = [
             f"{name:8s} {own['bits_per_byte']:.4f} bits per byte, {own['parameters']:,} parameters"
             for name, own in self.record["models"].items()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gatewright.experiments.pages import measured_with
+from gatewright.experiments.pages import measured_with, taken_from
 from gatewright.inspection.plots.rows import draw_rows
 
 Record = dict[str, Any]
@@ -122,13 +122,8 @@ def distilled_page(record: Record) -> str:
 
 def distilled_block(record: Mapping[str, Any], source: str) -> str:
     """Return the block of a page in docs: sentence, table, and where it was measured."""
-    place = record["environment"]
     lines = [f"The expectation {record['verdict']['sentence']}.", "", *table(record), ""]
-    lines += [
-        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
-        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
-        f"taken from `reproductions/{source}`.",
-    ]
+    lines.append(taken_from(record, source))
     return "\n".join(lines) + "\n"
 
 

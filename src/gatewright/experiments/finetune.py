@@ -17,6 +17,7 @@ from gatewright.training.finetuner import FineTuner, fit, tuned_run
 from gatewright.training.interrupt import stop_on_signals
 from gatewright.training.load import LoadedRun, load_run
 from gatewright.training.loop import refuse_used, resume_or_begin, write_result
+from gatewright.training.result import STOPPED, RecordedRun
 from gatewright.training.runlog import Progress, RunLog
 from gatewright.training.task_rows import TaskRows
 from gatewright.training.workplace import command_line, environment, now, own_folder
@@ -60,22 +61,13 @@ class FineTuneRun:
             raise UserError(f"steps {self.steps}; allowed: 1 or more")
 
 
-@dataclass(frozen=True)
-class FineTuneResult:
-    """`record` is what finetune.json holds, None where the user `stopped` before the end."""
-
-    out: Path
-    record: Record | None
-    stopped: bool
-
-    def to_dict(self) -> Record:
-        """Return plain data for JSON."""
-        return {"out": str(self.out), "stopped": self.stopped, **(self.record or {})}
+class FineTuneResult(RecordedRun):
+    """What finetune.json holds, and where."""
 
     def to_text(self) -> str:
         """Return the result in a few lines."""
         if self.record is None:
-            return "stopped before the end, `--resume` continues"
+            return STOPPED
         own = self.record
         labels = ", ".join(f"{label} {100 * share:.0f} %" for label, share in own["by_label"].items())
         return (

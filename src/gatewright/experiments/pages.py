@@ -17,6 +17,16 @@ def measured_with(record: Mapping[str, Any]) -> str:
     )
 
 
+def taken_from(record: Mapping[str, Any], source: str) -> str:
+    """Return, for a page in docs, what measured a result and which file its numbers are taken from."""
+    place = record["environment"]
+    return (
+        f"Measured with `gatewright reproduce {record['target']}` on {place['processor']}, "
+        f"{place['threads']} threads, torch {place['torch']}, commit `{place['commit']}`; every number is "
+        f"taken from `reproductions/{source}`."
+    )
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from gatewright.training.checkpoint import clear_leftovers, write_atomic
 from gatewright.training.interrupt import stop_on_signals
 from gatewright.training.loop import refuse_used, write_result
 from gatewright.training.pairs import PairRun, PairTrainer, train_pairs
+from gatewright.training.result import STOPPED, RecordedRun
 from gatewright.training.runlog import Progress
 from gatewright.training.settings_file import check_same_settings, write_settings
 from gatewright.training.workplace import command_line, environment, now, own_folder
@@ -32,22 +32,13 @@ Record = dict[str, Any]
 RESULT = "pairs.json"
 
 
-@dataclass(frozen=True)
-class TranslatorResult:
-    """`record` is what pairs.json holds, None where the user `stopped` before the end."""
-
-    out: Path
-    record: Record | None
-    stopped: bool
-
-    def to_dict(self) -> Record:
-        """Return plain data for JSON."""
-        return {"out": str(self.out), "stopped": self.stopped, **(self.record or {})}
+class TranslatorResult(RecordedRun):
+    """What pairs.json holds, and where."""
 
     def to_text(self) -> str:
         """Return a line per direction."""
         if self.record is None:
-            return "stopped before the end, `--resume` continues"
+            return STOPPED
         lines = []
         for name, own in self.record["directions"].items():
             if own is None:

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gatewright.data import Corpus
 from gatewright.inspection import specialisation, token_views
 from gatewright.training.trainer import Trainer
+
+STOPPED = "stopped before the end, `--resume` continues"
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run in `out`: `record` is what its result file holds, None where the user `stopped` it early."""
+
+    out: Path
+    record: dict[str, Any] | None
+    stopped: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"out": str(self.out), "stopped": self.stopped, **(self.record or {})}
 
 
 def data_record(corpus: Corpus, trainer: Trainer) -> dict[str, Any]:
