@@ -19,7 +19,7 @@ def test_every_arm_has_every_rate_and_nothing_is_trained_twice(
 
     def train(plan: lab.Plan, arm: lab.Arm, corpus: Any, seed: int) -> dict[str, Any]:
         asked.append((arm.name, plan.learning_rate, seed))
-        assert plan.steps == 96
+        assert plan.steps == 128
         return {"valid_bpb": 2.0 + len(asked) / 100}
 
     monkeypatch.setattr(rates, "train", train)
@@ -27,11 +27,11 @@ def test_every_arm_has_every_rate_and_nothing_is_trained_twice(
     assert asked == [(name, rate, SEED) for rate in RATES for name in SWEPT["switch/rates"][1]]
     assert SEED not in SWEPT["switch/rates"][0].seeds
     again, _, _ = rates.run_rates("switch/rates", tmp_path, True)
-    assert len(asked) == 12
+    assert len(asked) == 16
     assert again["arms"] == record["arms"]
     assert [own["learning_rate"] for own in record["arms"]["top-2 2"]] == list(RATES)
-    assert [own["valid_bpb"] for own in record["arms"]["dense"]] == pytest.approx([2.01, 2.04, 2.07, 2.1])
-    assert "| dense | 2.0100 | 2.0400 | 2.0700 | 2.1000 |" in page
+    assert [own["valid_bpb"] for own in record["arms"]["dense"]] == pytest.approx([2.01, 2.05, 2.09, 2.13])
+    assert "| dense | 2.0100 | 2.0500 | 2.0900 | 2.1300 |" in page
     assert pictures == {}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Arm:
 
     `losses`: weight of each loss, by the names of `gatewright.parts.LOSSES`. `options` are the rule's own.
     `init_scale` s draws every matrix with variance s / fan_in; `precision` and `router_dtype` are what the
-    model and its routers compute in ("fp32", "bf16").
+    model and its routers compute in ("fp32", "bf16"). `learning_rate` is the arm's own; None: the plan's.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Arm:
     init_scale: float = 1.0
     precision: str = "fp32"
     router_dtype: str = "fp32"
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,8 @@ def _plain(arm: Arm) -> Record:
 
 
 # Fields that came later: what was kept or recorded without them stays what it is.
-_LATER = {"num_shared_experts": 0, "init_scale": 1.0, "precision": "fp32", "router_dtype": "fp32"}
-_LATER |= {"evaluations": 1, "padded": False, "quick_seeds": 1}
+_LATER: Record = {"num_shared_experts": 0, "init_scale": 1.0, "precision": "fp32", "router_dtype": "fp32"}
+_LATER |= {"evaluations": 1, "padded": False, "quick_seeds": 1, "learning_rate": None}
 
 
 def _says(key: str, value: Any) -> bool:
@@ -215,6 +216,8 @@ def stepper_of(plan: Plan, arm: Arm, corpus: Corpus, seed: int) -> Stepper:
     """Return what trains one arm."""
     model = build(plan, arm, corpus.tokenizer.vocab_size, seed)
     stream = corpus.stream(plan.rows, plan.context, seed=0)
+    if arm.learning_rate is not None:
+        plan = replace(plan, learning_rate=arm.learning_rate)
     return Stepper(model, stream, plan, arm.losses, seed, arm.precision)
 
 

@@ -16,6 +16,8 @@ from gatewright.experiments.arms import quick_form
 from gatewright.experiments.granularity import GRANULARITY
 from gatewright.experiments.lab import Plan, Record, _plain, _shared, kept, train
 from gatewright.experiments.pages import measured_with
+from gatewright.experiments.switch_figure1 import PLAN as FIGURE1
+from gatewright.experiments.switch_figure1 import named
 from gatewright.experiments.switch_table1 import PLAN as TABLE1
 from gatewright.experiments.trial_pages import table
 from gatewright.training.runlog import Progress
@@ -23,8 +25,10 @@ from gatewright.training.workplace import environment, now
 
 RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 SEED = 4
+# Both tables have one course and one dense twin.
+_SWITCH = dataclasses.replace(TABLE1, arms=(*TABLE1.arms, FIGURE1.arm(named(64))))
 SWEPT: dict[str, tuple[Plan, tuple[str, ...], str]] = {
-    "switch/rates": (TABLE1, ("dense", "Switch 1.25", "top-2 2"), "switch/table1"),
+    "switch/rates": (_SWITCH, ("dense", "Switch 1.25", "top-2 2", named(64)), "switch/table1, switch/figure1"),
     "olmoe/rates": (GRANULARITY, ("dense twin", "16 / 2"), "olmoe/granularity"),
 }
 CLAIM = (
@@ -46,7 +50,8 @@ def run_rates(target: str, work: Path, quick: bool) -> Result:
         corpus = open_corpus((), progress=progress.say)
         for place, (rate, name) in enumerate(jobs):
             progress.update(place / len(jobs), f"{name} at {rate:g} ({place + 1} of {len(jobs)})")
-            own, arm = dataclasses.replace(plan, learning_rate=rate), plan.arm(name)
+            own = dataclasses.replace(plan, learning_rate=rate)
+            arm = dataclasses.replace(plan.arm(name), learning_rate=None)
             settings = {"arm": _plain(arm), "plan": _shared(own), "text": corpus.fingerprint}
             path = work / f"{name}-{rate:g}.json".replace("/", "-").replace(" ", "_")
             done = kept(path, settings, partial(train, own, arm, corpus, SEED))

@@ -41,8 +41,7 @@ def _arm(num_experts: int) -> Arm:
 PLAN = Plan(
     arms=tuple(map(_arm, COUNTS)),
     baseline=named(1),
-    rows=8,
-    steps=768,
+    steps=1024,
     eval_bytes=65_536,
     evaluations=12,
     padded=True,
