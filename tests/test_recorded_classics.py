@@ -104,12 +104,12 @@ RESULTS: dict[str, tuple[Any, Callable[[Record], Record], Callable[[Record], str
         distill_pages.distilled_page,
     ),
     "switch/table4": (
-        dataclasses.asdict(finetune_tables.TABLE4),
+        finetune_tables.TABLE4.to_dict(),
         finetune_tables.verdict4,
         finetune_pages.tuned_page,
     ),
     "switch/table8": (
-        dataclasses.asdict(finetune_tables.TABLE8),
+        finetune_tables.TABLE8.to_dict(),
         finetune_tables.verdict8,
         finetune_pages.tuned_page,
     ),

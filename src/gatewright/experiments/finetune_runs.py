@@ -31,7 +31,7 @@ from gatewright.training.trainer import Trainer
 @dataclass(frozen=True)
 class Side:
     """One way to fine-tune: of the sparse model or its dense twin, with these shares left out, taught by the
-    side `teacher` where there is one.
+    side `teacher` where there is one. `learning_rate` is the side's own; None: the plan's.
     """
 
     name: str
@@ -39,6 +39,11 @@ class Side:
     dropout: float
     expert_dropout: float = 0.0
     teacher: str = ""
+    learning_rate: float | None = None
+
+    def to_dict(self) -> Record:
+        """Return plain data; a rate only where it is the side's own."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class Plan:
     eval_bytes: int = 131_072
     data: tuple[str, ...] = ()
     tokenizer: str = "bpe:1024"
+
+    def to_dict(self) -> Record:
+        """Return plain data."""
+        return {**asdict(self), "sides": [side.to_dict() for side in self.sides]}
 
 
 def quick_form(plan: Plan) -> Plan:
@@ -138,7 +147,8 @@ class Bench:
         dropouts = {"dropout": side.dropout, "expert_dropout": side.expert_dropout}
         settings = replace(self.settings[side.sparse], capacity_factor=None, **dropouts)
         text = TaskRows(task, self.corpus.tokenizer, settings.context, seed)
-        more = {"learning_rate": plan.learning_rate, "evaluations": plan.evaluations, "seed": seed}
+        rate = plan.learning_rate if side.learning_rate is None else side.learning_rate
+        more = {"learning_rate": rate, "evaluations": plan.evaluations, "seed": seed}
         run = tuned_run(self.run(side.sparse), settings, text, plan.rows, plan.steps, **more)
         start = self._trained[side.sparse]
         if teacher is None:
@@ -180,9 +190,9 @@ class Bench:
         return record
 
     def _about(self, side: Side, task: Task, seed: int) -> Record:
-        own = {"plan": self._shared, "side": asdict(side), "seed": seed, "task": task.fingerprint}
+        own = {"plan": self._shared, "side": side.to_dict(), "seed": seed, "task": task.fingerprint}
         taught_by = next((one for one in self.plan.sides if one.name == side.teacher), None)
-        more = {"teacher": None if taught_by is None else asdict(taught_by)}
+        more = {"teacher": None if taught_by is None else taught_by.to_dict()}
         return {**own, **more, "text": self.corpus.fingerprint}
 
     def _folder(self, side: Side, task: Task, seed: int) -> Path:
@@ -233,6 +243,6 @@ def run_plan(plan: Plan, work: Path, say: Callable[[float, str], None], stop: St
         name: {"labels": task.labels, "sizes": {part: len(own) for part, own in task.parts.items()}}
         for name, task in tasks.items()
     }
-    record = {"plan": asdict(plan), "pretrained": pretrained, "tasks": about, "sides": sides}
+    record = {"plan": plan.to_dict(), "pretrained": pretrained, "tasks": about, "sides": sides}
     plain: Record = json.loads(json.dumps({"schema": "gatewright.finetuned.v1", **record}))
     return plain

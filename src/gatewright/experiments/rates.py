@@ -1,4 +1,4 @@
-"""switch/rates and olmoe/rates: what the learning rate that an experiment's arms share does to their order.
+"""Sweeps of learning rates: what the rate that an experiment's arms share does to their order.
 
 Arms of an experiment at four rates each, with a seed that no experiment has: the dense model gets as many
 runs as every sparse one.
@@ -7,7 +7,7 @@ runs as every sparse one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -28,13 +28,23 @@ SEED = 4
 # Both tables have one course and one dense twin.
 _SWITCH = dataclasses.replace(TABLE1, arms=(*TABLE1.arms, FIGURE1.arm(named(64))))
 SWEPT: dict[str, tuple[Plan, tuple[str, ...], str]] = {
-    "switch/rates": (_SWITCH, ("dense", "Switch 1.25", "top-2 2", named(64)), "switch/table1, switch/figure1"),
+    "switch/rates": (
+        _SWITCH,
+        ("dense", "Switch 1.25", "top-2 2", named(64)),
+        "switch/table1, switch/figure1",
+    ),
     "olmoe/rates": (GRANULARITY, ("dense twin", "16 / 2"), "olmoe/granularity"),
 }
 CLAIM = (
     "each sparse arm is on the same side of the dense model at the rate that all arms share and with each at "
     "the best of its own four rates"
 )
+# What a sweep measures (lower is better): key of its entries, words of its page.
+MEASURES = {
+    "valid_bpb": "bits per byte",
+    "dev_nats": "dev nats per token",
+    "dev_error": "per cent of dev texts wrong, mean over tasks",
+}
 Result = tuple[Record, str, dict[str, Path]]
 
 
@@ -56,31 +66,48 @@ def run_rates(target: str, work: Path, quick: bool) -> Result:
             path = work / f"{name}-{rate:g}.json".replace("/", "-").replace(" ", "_")
             done = kept(path, settings, partial(train, own, arm, corpus, SEED))
             found[name].append({"learning_rate": rate, "valid_bpb": done["valid_bpb"]})
+    told = {"plan": _shared(plan), "data": {"text": corpus.fingerprint}}
+    return swept(target, of, whole.learning_rate, found, quick, told)
+
+
+def swept(
+    target: str, of: str, shared: float, found: Mapping[str, list[Record]], quick: bool, more: Record
+) -> Result:
+    """Return the record of a sweep, whose first arm is the dense model, and its page.
+
+    `found`: by arm an entry per rate. `more`: "plan" and "data", and if it is not bits per byte "measure"
+    (a key of MEASURES and of the entries) and "course" (words).
+    """
     record: Record = {
         "schema": "gatewright.rates.v1", "target": target, "of": of, "claim": CLAIM, "quick": quick,
-        "plan": _shared(plan), "seed": SEED, "baseline": names[0], "shared": whole.learning_rate,
-        "data": {"text": corpus.fingerprint}, "arms": found,
+        "seed": SEED, "baseline": next(iter(found)), "shared": shared, **more, "arms": dict(found),
         "environment": environment("cpu"), "created": now(),
     }  # fmt: skip
     record["verdict"] = rates_verdict(record)
     return record, rates_page(record), {}
 
 
+def _key(record: Record) -> str:
+    return str(record.get("measure", "valid_bpb"))
+
+
 def best_of(record: Record, name: str) -> Record:
     """Return the entry of an arm's best rate; a run that diverged is never the best."""
-    ended = [own for own in record["arms"][name] if own["valid_bpb"] is not None]
-    return min(ended, key=lambda own: own["valid_bpb"])
+    key = _key(record)
+    ended = [own for own in record["arms"][name] if own[key] is not None]
+    return min(ended, key=lambda own: own[key])
 
 
 def at_shared(record: Record, name: str) -> float | None:
-    """Return an arm's bits per byte at the rate that the experiment's arms share; None if it diverged."""
-    rate = record["shared"]
-    return next(own["valid_bpb"] for own in record["arms"][name] if own["learning_rate"] == rate)
+    """Return what an arm measured at the rate that the experiment's arms share; None if it diverged."""
+    rate, key = record["shared"], _key(record)
+    return next(own[key] for own in record["arms"][name] if own["learning_rate"] == rate)
 
 
 def rates_verdict(record: Record) -> Record:
     """Return whether each sparse arm is on the same side of the dense model either way, and by how much."""
     dense, rates = record["baseline"], [own["learning_rate"] for own in record["arms"][record["baseline"]]]
+    key = _key(record)
     sparse = [name for name in record["arms"] if name != dense]
     lost = [name for name in record["arms"] if at_shared(record, name) is None]
     if lost:
@@ -89,7 +116,7 @@ def rates_verdict(record: Record) -> Record:
     gaps = {
         name: {
             "shared": at_shared(record, dense) - at_shared(record, name),  # type: ignore[operator]
-            "own": best[dense]["valid_bpb"] - best[name]["valid_bpb"],
+            "own": best[dense][key] - best[name][key],
         }
         for name in sparse
     }
@@ -102,24 +129,25 @@ def rates_verdict(record: Record) -> Record:
         "held": held,
         "best": {name: own["learning_rate"] for name, own in best.items()},
         "gaps": gaps,
-        "sentence": f"{'held' if held else 'did not hold'}: bits per byte below the dense model at "
+        "sentence": f"{'held' if held else 'did not hold'}: {MEASURES[key]} below the dense model at "
         f"{record['shared']:g} for all, and each at its own best: {told} (best: {at}){more}",
     }
 
 
 def rates_table(record: Record) -> list[str]:
     """Return the table of every arm at every rate."""
-    rates = [own["learning_rate"] for own in record["arms"][record["baseline"]]]
+    rates, key = [own["learning_rate"] for own in record["arms"][record["baseline"]]], _key(record)
     rows = []
     for name, own in record["arms"].items():
-        values = [one["valid_bpb"] for one in own]
+        values = [one[key] for one in own]
         rows.append([name, *("diverged" if value is None else f"{value:.4f}" for value in values)])
-    return table(["bits per byte at", *(f"{rate:g}" for rate in rates)], rows)
+    return table([f"{MEASURES[key]} at", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def rates_page(record: Record) -> str:
     """Return the page: claim, verdict, every arm at every rate."""
     plan, quick = record["plan"], " --quick" if record["quick"] else ""
+    course = record.get("course") or f"{plan['steps']} steps of {plan['rows']} x {plan['context']} tokens"
     lines = [
         f"# Learning rates of {record['of']}",
         "",
@@ -128,8 +156,8 @@ def rates_page(record: Record) -> str:
         f"**{record['verdict']['sentence']}**",
         "",
         *rates_table(record),
-        f"Arms of `{record['of']}`, {plan['steps']} steps of {plan['rows']} x {plan['context']} tokens, seed "
-        f"{record['seed']}, which no experiment has, as many rates for the dense model as for the others.",
+        f"Arms of `{record['of']}`, {course}, seed {record['seed']}, which no experiment has, as many rates "
+        "for the dense model as for the others.",
         "",
         measured_with(record),
         "",

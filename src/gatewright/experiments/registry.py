@@ -29,6 +29,7 @@ from gatewright.experiments.gated_tables import GATED
 from gatewright.experiments.granularity import GRANULAR
 from gatewright.experiments.gshard_quality import CLAIM as GSHARD_CLAIM
 from gatewright.experiments.gshard_quality import run_quality
+from gatewright.experiments.gshard_rates import run_gshard_rates
 from gatewright.experiments.hme_table1 import CLAIM as HME_CLAIM
 from gatewright.experiments.hme_table1 import run_hme_table1
 from gatewright.experiments.int8_bits import CLAIM as INT8_CLAIM
@@ -43,12 +44,14 @@ from gatewright.experiments.local_table1 import run_table1
 from gatewright.experiments.modern import MODERN
 from gatewright.experiments.pages import race_page
 from gatewright.experiments.quickstart import HOUR, QUICKSTART, RacePlan, run_plan
+from gatewright.experiments.rates import CLAIM as RATES_CLAIM
 from gatewright.experiments.rates import SWEEPS
 from gatewright.experiments.rules_compared import CLAIM as COMPARE_CLAIM
 from gatewright.experiments.rules_compared import run_compare
 from gatewright.experiments.switch_targets import SWITCH
 from gatewright.experiments.translation import CLAIM as TRANSLATION_CLAIM
 from gatewright.experiments.translation import run_translation
+from gatewright.experiments.tuning_rates import run_tuning_rates
 from gatewright.training.checkpoint import write_atomic
 
 Record = dict[str, Any]
@@ -116,6 +119,8 @@ TARGETS: dict[str, Target] = {
     "deep_moe/collapse": Target("deep_moe/collapse", COLLAPSE, run_collapse),
     "sparsely_gated/translation": Target("sparsely_gated/translation", TRANSLATION_CLAIM, run_translation),
     "gshard/quality": Target("gshard/quality", GSHARD_CLAIM, run_quality),
+    "gshard/rates": Target("gshard/rates", RATES_CLAIM, run_gshard_rates),
+    "switch/tuning-rates": Target("switch/tuning-rates", RATES_CLAIM, run_tuning_rates),
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
     **{
         name: Target(name, claim, run)
