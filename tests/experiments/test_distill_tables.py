@@ -114,7 +114,7 @@ def test_students_learn_from_the_trained_teacher(tmp_path: Path):
     held = distill_runs.newest_checkpoint(student)
     assert held is not None
     model = dataclasses.replace(TINY, num_experts=4)
-    run = distill_runs._Seed(PLAN7, 0, TEXT, tmp_path, StopRequest()).run(model)
+    run = distill_runs.SeedModels(PLAN7, 0, TEXT, tmp_path, StopRequest()).run(model)
     trained = Trainer(run, TEXT)
     trained.restore(saved)
     assert held.state["distillation"]["teacher"] == digest_of(trained.model)

@@ -151,6 +151,29 @@ def test_the_page_shows_every_seed_and_marks_what_looks_ahead(fixed: None, tmp_p
     assert record["arms"]["plain"]["active_flops"] == record["arms"]["twin"]["active_flops"] == 384
 
 
+def test_an_arm_is_trained_at_its_own_rate_and_the_page_says_which(fixed: None, tmp_path: Path):
+    text = cast(Corpus, FixedText())
+    quick_one = dataclasses.replace(ARMS[1], learning_rate=0.02)
+    rates = []
+    for arm in (ARMS[1], quick_one):
+        stepper = lab.stepper_of(TINY, arm, text, 0)
+        for _ in range(2):
+            stepper.advance()
+        rates.append(stepper.optimizer.param_groups[0]["lr"])
+    # The second step ends the warm-up: the peak, at the start of the cosine.
+    assert rates[1] / rates[0] == pytest.approx(0.02 / TINY.learning_rate)
+    plan = dataclasses.replace(TINY, arms=(ARMS[0], quick_one), seeds=(0,))
+    record = lab.run_plan(plan, tmp_path, "toy")
+    assert "learning_rate" not in record["arms"]["twin"]
+    record |= {"target": "toy/arms", "claim": "c", "quick": False, "created": "today"}
+    record |= {"environment": {"gatewright": "0", "commit": "x", "torch": "2", "threads": 1, "processor": "p"}}
+    record["verdict"] = {"held": True, "sentence": "held"}
+    assert "AdamW at 0.003 for twin; 0.02 for plain, weight decay" in lab_page(record, "Toy")
+    for arm in record["arms"].values():
+        arm.pop("learning_rate", None)
+    assert "AdamW at 0.003 for all arms, weight decay" in lab_page(record, "Toy")
+
+
 def test_the_experiments_cover_every_rule_at_equal_width():
     compared = {arm.router for arm in rules_compared.ARMS if arm.router}
     missing = {info.name for info in all_routers()} - compared

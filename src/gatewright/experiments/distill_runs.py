@@ -76,7 +76,7 @@ def quick_form(plan: Plan) -> Plan:
     )
 
 
-class _Seed:
+class SeedModels:
     """The models of one seed, each trained once and kept."""
 
     def __init__(self, plan: Plan, seed: int, corpus: Corpus, work: Path, stop: StopRequest) -> None:
@@ -175,7 +175,7 @@ def run_distilled(plan: Plan, work: Path) -> Record:
             progress.update((done + share) / total, f"model {done + 1} of {total}: {state}")
 
         for seed in plan.seeds:
-            own = _Seed(plan, seed, corpus, work, stop)
+            own = SeedModels(plan, seed, corpus, work, stop)
             dense = own.trained("dense", {}, partial(own.plain, own.student), show)
             done += 1
             longer = own.trained("dense-longer", {"from": "dense"}, own.longer, show)

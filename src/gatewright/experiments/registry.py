@@ -21,6 +21,7 @@ from gatewright.experiments.deep_table1 import CLAIM as DEEP1_CLAIM
 from gatewright.experiments.deep_table1 import run_table1 as run_deep1
 from gatewright.experiments.deep_table2 import CLAIM as DEEP2_CLAIM
 from gatewright.experiments.deep_table2 import run_table2
+from gatewright.experiments.distill_rates import run_distill_rates
 from gatewright.experiments.distill_tables import DISTILLED
 from gatewright.experiments.few_experts import CLAIM as FEW_CLAIM
 from gatewright.experiments.few_experts import run_few
@@ -120,6 +121,7 @@ TARGETS: dict[str, Target] = {
     "sparsely_gated/translation": Target("sparsely_gated/translation", TRANSLATION_CLAIM, run_translation),
     "gshard/quality": Target("gshard/quality", GSHARD_CLAIM, run_quality),
     "gshard/rates": Target("gshard/rates", RATES_CLAIM, run_gshard_rates),
+    "switch/distill-rates": Target("switch/distill-rates", RATES_CLAIM, run_distill_rates),
     "switch/tuning-rates": Target("switch/tuning-rates", RATES_CLAIM, run_tuning_rates),
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
     **{

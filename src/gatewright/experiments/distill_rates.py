@@ -1,0 +1,45 @@
+"""switch/distill-rates: dense model and teacher of table 6 at four learning rates each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from gatewright.data import open_corpus
+from gatewright.experiments.distill_runs import Plan, SeedModels, _shared, quick_form
+from gatewright.experiments.distill_tables import TABLE6
+from gatewright.experiments.lab import Record
+from gatewright.experiments.rates import RATES, SEED, Result, swept
+from gatewright.training.interrupt import stop_on_signals
+from gatewright.training.runlog import Progress
+
+TARGET, OF = "switch/distill-rates", "switch/table6"
+DENSE, TEACHER = "dense", "64 experts"
+
+
+def run_distill_rates(work: Path, quick: bool, whole: Plan = TABLE6) -> Result:
+    """Return the record and its page; quick: three eighths of the tokens."""
+    plan = replace(quick_form(whole) if quick else whole, seeds=(SEED,))
+    sizes = {DENSE: None, TEACHER: replace(plan.model, num_experts=max(plan.num_experts))}
+    found: dict[str, list[Record]] = {name: [] for name in sizes}
+    jobs = [(rate, name) for rate in RATES for name in sizes]
+    with Progress(TARGET) as progress, stop_on_signals() as stop:
+        corpus = open_corpus(plan.data, progress=progress.say)
+        for place, (rate, name) in enumerate(jobs):
+
+            def show(share: float, state: str, place: int = place, name: str = name) -> None:
+                progress.update((place + share) / len(jobs), f"model {place + 1} of {len(jobs)}: {state}")
+
+            folder = work / f"{rate:g}"
+            folder.mkdir(parents=True, exist_ok=True)
+            own = SeedModels(replace(plan, learning_rate=rate), SEED, corpus, folder, stop)
+            make = partial(own.plain, sizes[name] or own.student)
+            model = own.trained(name.replace(" ", "-"), {"rate": rate}, make, show)
+            found[name].append({"learning_rate": rate, "valid_bpb": model["bits_per_byte"]})
+    told = {
+        "course": f"{plan.tokens:,} tokens in batches of {plan.batch_tokens:,}",
+        "plan": _shared(plan),
+        "data": {"text": corpus.fingerprint},
+    }
+    return swept(TARGET, OF, whole.learning_rate, found, quick, told)
