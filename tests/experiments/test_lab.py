@@ -166,7 +166,9 @@ def test_an_arm_is_trained_at_its_own_rate_and_the_page_says_which(fixed: None, 
     record = lab.run_plan(plan, tmp_path, "toy")
     assert "learning_rate" not in record["arms"]["twin"]
     record |= {"target": "toy/arms", "claim": "c", "quick": False, "created": "today"}
-    record |= {"environment": {"gatewright": "0", "commit": "x", "torch": "2", "threads": 1, "processor": "p"}}
+    record |= {
+        "environment": {"gatewright": "0", "commit": "x", "torch": "2", "threads": 1, "processor": "p"}
+    }
     record["verdict"] = {"held": True, "sentence": "held"}
     assert "AdamW at 0.003 for twin; 0.02 for plain, weight decay" in lab_page(record, "Toy")
     for arm in record["arms"].values():

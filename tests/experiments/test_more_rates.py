@@ -16,7 +16,7 @@ from gatewright.experiments.finetune_tables import DENSE, EVEN, EXPERT
 from gatewright.experiments.gshard_rates import run_gshard_rates
 from gatewright.experiments.gshard_runs import SPARSE, TWIN
 from gatewright.experiments.rates import MEASURES, RATES, SEED, rates_page
-from gatewright.experiments.tuning_rates import SWEPT, run_tuning_rates
+from gatewright.experiments.tuning_rates import SWEPT, run_text_rates, run_tuning_rates
 from gatewright.training.finetuner import FineTuner
 from gatewright.training.pairs import PairTrainer
 from gatewright.training.trainer import Trainer
@@ -93,6 +93,25 @@ def test_fine_tunings_share_two_models_and_each_side_has_every_rate(
         assert all(0 <= one["dev_error"] <= 100 and one["nats"] > 0 for one in own)
     assert rates_page(record) == page
     assert "4 steps of 4 texts of each of 1 tasks" in page
+
+
+def test_both_models_are_trained_on_text_at_every_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning_rates, "open_corpus", lambda *_, **__: TEXT)
+    seen: list[tuple[float, int, bool]] = []
+    advance = Trainer.advance
+
+    def noted(self: Trainer) -> Any:
+        seen.append((self.run.learning_rate, self.run.seed, self.run.model.moe_layers != "none"))
+        return advance(self)
+
+    monkeypatch.setattr(Trainer, "advance", noted)
+    plan = dataclasses.replace(SWEPT, **test_finetune_tables.SMALL)
+    record, page, _ = run_text_rates(tmp_path, False, plan)
+    assert seen[::4] == [(rate, SEED, sparse) for rate in RATES for sparse in (False, True)]
+    assert len({one["valid_bpb"] for own in record["arms"].values() for one in own}) == 8
+    assert record["shared"] == plan.pretraining_rate
+    assert rates_page(record) == page
+    assert "256 tokens of text in batches of 64, seed 4" in page
 
 
 def test_dev_texts_that_are_wrong_by_hand():

@@ -52,7 +52,7 @@ from gatewright.experiments.rules_compared import run_compare
 from gatewright.experiments.switch_targets import SWITCH
 from gatewright.experiments.translation import CLAIM as TRANSLATION_CLAIM
 from gatewright.experiments.translation import run_translation
-from gatewright.experiments.tuning_rates import run_tuning_rates
+from gatewright.experiments.tuning_rates import run_text_rates, run_tuning_rates
 from gatewright.training.checkpoint import write_atomic
 
 Record = dict[str, Any]
@@ -122,6 +122,7 @@ TARGETS: dict[str, Target] = {
     "gshard/quality": Target("gshard/quality", GSHARD_CLAIM, run_quality),
     "gshard/rates": Target("gshard/rates", RATES_CLAIM, run_gshard_rates),
     "switch/distill-rates": Target("switch/distill-rates", RATES_CLAIM, run_distill_rates),
+    "switch/text-rates": Target("switch/text-rates", RATES_CLAIM, run_text_rates),
     "switch/tuning-rates": Target("switch/tuning-rates", RATES_CLAIM, run_tuning_rates),
     "deep_moe/table2": Target("deep_moe/table2", DEEP2_CLAIM, run_table2),
     **{

@@ -1,4 +1,6 @@
-"""switch/tuning-rates: the fine-tunings of tables 4 and 8 at four learning rates, on every task."""
+"""switch/text-rates and switch/tuning-rates: the two models of tables 4 and 8 on text, and their fine-tunings
+on every task, at four learning rates each.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,18 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from gatewright.experiments.finetune_runs import Plan, quick_form, run_plan
+from gatewright.data import open_corpus
+from gatewright.experiments.finetune_runs import Bench, Plan, quick_form, run_plan
 from gatewright.experiments.finetune_tables import DENSE, EVEN, EXPERT, TABLE4
 from gatewright.experiments.lab import Record
+from gatewright.experiments.rates import RATES as TEXT_RATES
 from gatewright.experiments.rates import SEED, Result, swept
 from gatewright.training.interrupt import stop_on_signals
+from gatewright.training.run import TrainRun
 from gatewright.training.runlog import Progress
 
-TARGET, OF = "switch/tuning-rates", "switch/table4, switch/table8"
+TEXT_TARGET, TARGET, OF = "switch/text-rates", "switch/tuning-rates", "switch/table4, switch/table8"
+KINDS = {"dense": False, "Switch": True}
 SIDES = (DENSE, EVEN, EXPERT)
 # Half as high as those of training from new weights.
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -26,6 +32,38 @@ SWEPT = replace(
         replace(side, name=f"{side.name} at {rate:g}", learning_rate=rate) for rate in RATES for side in SIDES
     ),
 )
+
+
+class _Texts(Bench):
+    """The models of a plan with the sweep's seed."""
+
+    def run(self, sparse: bool) -> TrainRun:
+        return replace(super().run(sparse), seed=SEED)
+
+
+def run_text_rates(work: Path, quick: bool, whole: Plan = TABLE4) -> Result:
+    """Return the record and its page: both models on text; quick: a quarter of the tokens."""
+    plan = quick_form(whole) if quick else whole
+    found: dict[str, list[Record]] = {name: [] for name in KINDS}
+    jobs = [(rate, name) for rate in TEXT_RATES for name in KINDS]
+    with Progress(TEXT_TARGET) as progress, stop_on_signals() as stop:
+        corpus = open_corpus(plan.data, tokenizer=plan.tokenizer, progress=progress.say)
+        for place, (rate, name) in enumerate(jobs):
+
+            def show(share: float, state: str, place: int = place) -> None:
+                progress.update((place + share) / len(jobs), f"model {place + 1} of {len(jobs)}: {state}")
+
+            folder = work / f"{rate:g}"
+            folder.mkdir(parents=True, exist_ok=True)
+            bench = _Texts(replace(plan, pretraining_rate=rate), corpus, folder, stop)
+            bits = bench.pretrained(KINDS[name], show)["bits_per_byte"]
+            found[name].append({"learning_rate": rate, "valid_bpb": bits if math.isfinite(bits) else None})
+    told = {
+        "course": f"{plan.tokens:,} tokens of text in batches of {plan.batch_tokens:,}",
+        "plan": plan.to_dict(),
+        "data": {"text": corpus.fingerprint},
+    }
+    return swept(TEXT_TARGET, OF, whole.pretraining_rate, found, quick, told)
 
 
 def run_tuning_rates(work: Path, quick: bool, plan: Plan = SWEPT) -> Result:
