@@ -14,6 +14,7 @@ from gatewright.experiments import gshard_quality, gshard_runs
 from gatewright.experiments.gshard_page import PAPER_BLEU, PAPER_TOKENS
 from gatewright.experiments.gshard_quality import compared, jobs_of, run_quality, tokens_to, verdict
 from gatewright.experiments.gshard_runs import BILINGUAL, MANY, PLAN, SPARSE, TWIN
+from gatewright.training.pairs import PairTrainer
 from scripts import classic_figures
 from tests.experiments.gshard_words import BOOK, TINY, no_search, sources
 
@@ -167,3 +168,30 @@ def test_the_papers_tables_say_what_its_text_says():
     assert 2 < shallow / deep < 3
     assert PAPER_BLEU["MoE(512E, 12L)"] - PAPER_BLEU["MoE(128E, 12L)"] == pytest.approx(3.3)
     assert PAPER_BLEU["MoE(2048E, 12L)"] - PAPER_BLEU["MoE(512E, 12L)"] == pytest.approx(1.3)
+
+
+def test_a_system_is_trained_at_its_own_rate_and_the_page_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rates: list[float] = []
+    begin = PairTrainer.__init__
+
+    def noted(self: PairTrainer, model: Any, objective: Any, stream: Any, run: Any) -> None:
+        rates.append(run.learning_rate)
+        begin(self, model, objective, stream, run)
+
+    monkeypatch.setattr(gshard_quality, "open_sources", lambda plan, say: sources())
+    monkeypatch.setattr(gshard_runs, "write_texts", no_search)
+    monkeypatch.setattr(PairTrainer, "__init__", noted)
+    own = {SPARSE: 0.002, TWIN: 0.004}
+    plan = replace(
+        TINY, systems=tuple(replace(s, learning_rate=own.get(s.name)) for s in TINY.systems if s.name != MANY)
+    )
+    _record, page, _ = run_quality(tmp_path, False, plan)
+    assert rates == [0.002, 0.004, *[TINY.learning_rate] * 3]
+    assert f"AdamW at 0.002 for {SPARSE}; 0.004 for {TWIN}; 0.006 for {BILINGUAL}, a cosine" in page
+    # Another rate of one system is another model of that one alone.
+    own[TWIN] = 0.005
+    more = tuple(replace(s, learning_rate=own.get(s.name)) for s in plan.systems)
+    run_quality(tmp_path, False, replace(plan, systems=more))
+    assert rates[5:] == [0.005]

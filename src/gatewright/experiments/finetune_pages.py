@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gatewright.experiments.pages import measured_with, taken_from
+from gatewright.experiments.pages import measured_with, rates_told, taken_from
 from gatewright.experiments.t_test import paired
 from gatewright.inspection.plots.rows import draw_rows
 
@@ -55,6 +55,9 @@ def _about(record: Mapping[str, Any]) -> list[str]:
     chances = ", ".join(f"{name} {100 / len(own['labels']):.0f}" for name, own in tasks.items())
     sizes = next(iter(tasks.values()))["sizes"]
     same = "all" if all(own["sizes"] == sizes for own in tasks.values()) else "the first"
+    rates = rates_told(plan["learning_rate"], {s["name"]: s.get("learning_rate") for s in plan["sides"]})
+    kinds = {"the sparse one": None, "its twin": plan.get("dense_pretraining_rate")}
+    text_rates = rates_told(plan["pretraining_rate"], kinds)
     of = "GLUE / CNNDM / SQuAD / SuperGLUE" if len(plan["sides"]) > 3 else "SuperGLUE"
     return [
         f"Test accuracy in per cent by seed; by chance {chances}. Against: mean difference in points and its "
@@ -63,8 +66,8 @@ def _about(record: Mapping[str, Any]) -> list[str]:
         f"Decoders of width {model['width']}, {model['num_layers']} layers, {model['num_experts']} experts "
         f"in each sparse one, trained once on {plan['tokens']:,} tokens of the default corpus: "
         f"{bits['sparse']['bits_per_byte']:.4f} bits per byte, the dense twin of equal FLOPs "
-        f"{bits['dense']['bits_per_byte']:.4f}. Then each side on each task: {plan['steps']} steps of "
-        f"{plan['rows']} texts, AdamW at {plan['learning_rate']:g}, the best of {plan['evaluations']} "
+        f"{bits['dense']['bits_per_byte']:.4f} (AdamW at {text_rates}). Then each side on each task: "
+        f"{plan['steps']} steps of {plan['rows']} texts, AdamW at {rates}, the best of {plan['evaluations']} "
         f"evaluations by dev accuracy; seeds {', '.join(map(str, plan['seeds']))} order the texts and draw "
         f"the dropout. Of {same} tasks {sizes['train']} texts to train on, {sizes['dev']} dev and "
         f"{sizes['test']} test, no document in two parts. Fine-tuning is dropless: rows of one "

@@ -49,7 +49,8 @@ class Side:
 @dataclass(frozen=True)
 class Plan:
     """What is run: the sparse model and its dense twin, trained on text once; then each side on each task
-    with each seed, which orders the examples and draws the dropout.
+    with each seed, which orders the examples and draws the dropout. `dense_pretraining_rate` is the twin's
+    own; None: `pretraining_rate`.
     """
 
     target: str
@@ -61,6 +62,7 @@ class Plan:
     batch_tokens: int = 4096
     warmup_steps: int = 100
     pretraining_rate: float = 3e-3
+    dense_pretraining_rate: float | None = None
     steps: int = 160
     rows: int = 32
     learning_rate: float = 2e-3
@@ -72,7 +74,8 @@ class Plan:
 
     def to_dict(self) -> Record:
         """Return plain data."""
-        return {**asdict(self), "sides": [side.to_dict() for side in self.sides]}
+        told = {key: value for key, value in asdict(self).items() if value is not None}
+        return {**told, "sides": [side.to_dict() for side in self.sides]}
 
 
 def quick_form(plan: Plan) -> Plan:
@@ -93,14 +96,14 @@ class Bench:
     def __init__(self, plan: Plan, corpus: Corpus, work: Path, stop: StopRequest) -> None:
         self.plan, self.corpus, self.work, self.stop = plan, corpus, work, stop
         self.settings = {True: plan.model, False: dense_twin("switch", plan.model)}
-        own = asdict(plan)
+        own = plan.to_dict()
         # What only says which runs there are is no part of a run.
         self._shared = {k: v for k, v in own.items() if k not in ("target", "sides", "tasks", "seeds")}
         self._trained: dict[bool, nn.Module] = {}
 
     def run(self, sparse: bool) -> TrainRun:
         """Return the run that trains a model on text."""
-        plan = self.plan
+        plan, rate = self.plan, self.plan.dense_pretraining_rate
         return TrainRun(
             paper="switch",
             model=self.settings[sparse],
@@ -109,7 +112,7 @@ class Bench:
             tokens=plan.tokens,
             batch_tokens=plan.batch_tokens,
             warmup_steps=plan.warmup_steps,
-            learning_rate=plan.pretraining_rate,
+            learning_rate=plan.pretraining_rate if sparse or rate is None else rate,
             eval_bytes=plan.eval_bytes,
             evaluations=1,
             ema=0.0,

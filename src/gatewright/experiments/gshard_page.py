@@ -9,7 +9,7 @@ from typing import Any
 
 from gatewright.experiments.gshard_runs import BILINGUAL, MANY, SPARSE, TWIN
 from gatewright.experiments.gshard_text import VERSES
-from gatewright.experiments.pages import measured_with
+from gatewright.experiments.pages import measured_with, rates_told
 from gatewright.inspection.plots.learning import draw_learning
 from gatewright.inspection.plots.rows import draw_rows
 
@@ -200,6 +200,7 @@ def _about(record: Record) -> str:
     text, model = plan["text"], record["plan"]["model"]
     runs = [seed for own in systems.values() for seed in own["seeds"]]
     seconds = sum(s["train"]["seconds"] + sum(d["seconds"] for d in s["directions"].values()) for s in runs)
+    rates = rates_told(plan["learning_rate"], {s["name"]: s.get("learning_rate") for s in plan["systems"]})
     some = next(iter(runs[0]["directions"].values()))["sources"]
     return (
         f"Verses (quran-json) of {', '.join(text['languages'])} and, where it has them, catalogs of Gramps, "
@@ -209,7 +210,7 @@ def _about(record: Record) -> str:
         "training side. Every other layer is a mixture as in algorithm 1; in its place the dense twins have "
         "a layer of equal operations. Bilingual models take their share of the steps, so that all of them "
         f"together train as long as one of the others. Width {model['width']}, dropout {model['dropout']:g}; "
-        f"{plan['steps']} steps of {plan['rows']} pairs, AdamW at {plan['learning_rate']:g}, a cosine to a "
+        f"{plan['steps']} steps of {plan['rows']} pairs, AdamW at {rates}, a cosine to a "
         f"tenth. Nothing is dropped where losses are measured. Beams {plan['beams']}, alpha "
         f"{plan['alpha']:g}, the first {plan['test_lines']} test lines of each language and source; BLEU "
         f"`{next(iter(some.values()))['signature']}`. Seeds {', '.join(map(str, plan['seeds']))} for "

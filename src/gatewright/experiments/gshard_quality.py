@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,6 @@ def _systems(plan: QualityPlan, corpora: tuple[Corpus, Corpus], work: Path, prog
     """Return every system's size and, by seed, what it came to."""
     jobs = jobs_of(plan)
     weights = [share * system.num_layers for system, _, _, share in jobs]
-    shared = {k: v for k, v in json.loads(json.dumps(asdict(plan))).items()
-              if k not in ("seeds", "seeded", "systems", "levels")}  # fmt: skip
     text, found = _print_of(corpora), dict[str, Any]()
     for place, (system, seed, directions, share) in enumerate(jobs):
         corpus = corpora[system.name == MANY]
@@ -115,18 +113,31 @@ def _systems(plan: QualityPlan, corpora: tuple[Corpus, Corpus], work: Path, prog
             progress.update(done / sum(weights), f"{name} ({place + 1} of {len(jobs)})")
 
         show(0.0)
+        own_plan = plan if system.learning_rate is None else replace(plan, learning_rate=system.learning_rate)
         settings = plan.settings(system, corpus)
         asked = (*directions, *plan.text.unseen) if system.name == MANY else directions
-        keys = {"plan": shared, "text": text, "model": asdict(settings), "seed": seed, "pair": pair}
+        keys = {
+            "plan": _shared(own_plan),
+            "text": text,
+            "model": asdict(settings),
+            "seed": seed,
+            "pair": pair,
+        }
         # A checkpoint of other settings is none to go on from.
         folder = work / f"{name}-{digest([json.dumps(keys)])[:8]}"
-        run = partial(run_model, plan, settings, corpus, directions, asked, seed, folder, show, share)
+        run = partial(run_model, own_plan, settings, corpus, directions, asked, seed, folder, show, share)
         own = kept(work / f"{name}.json", keys, run)
         runs = found.setdefault(system.name, {**_facts(plan, settings), "seeds": {}})["seeds"]
         runs.setdefault(seed, []).append(own)
     for own in found.values():
         own["seeds"] = [_joined(runs) for runs in own["seeds"].values()]
     return found
+
+
+def _shared(plan: QualityPlan) -> Record:
+    """Return what a model follows from, as plain data."""
+    told: Record = json.loads(json.dumps(asdict(plan)))
+    return {k: v for k, v in told.items() if k not in ("seeds", "seeded", "systems", "levels")}
 
 
 def _facts(plan: QualityPlan, settings: Settings) -> Record:

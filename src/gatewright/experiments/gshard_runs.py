@@ -25,11 +25,14 @@ Show = Callable[[float], None]
 
 @dataclass(frozen=True)
 class System:
-    """A size: `num_experts` 0 is dense; `num_layers` of the encoder, and as many of the decoder."""
+    """A size: `num_experts` 0 is dense; `num_layers` of the encoder, and as many of the decoder. Its
+    `learning_rate`; None: the plan's.
+    """
 
     name: str
     num_experts: int
     num_layers: int
+    learning_rate: float | None = None
 
 
 SPARSE, TWIN, BILINGUAL = "MoE(32E, 4L)", "T(4L)", "bilingual T(4L)"

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from gatewright.experiments.pages import measured_with
+from gatewright.experiments.pages import measured_with, rates_told
 from gatewright.inspection.plots.arms import draw_arms
 
 Record = dict[str, Any]
@@ -73,6 +73,8 @@ def lab_page(record: Record, title: str) -> str:
     notes = [f"- {name}: {arm['note']}" for name, arm in record["arms"].items() if arm["note"]]
     command = f"gatewright reproduce {record['target']}{' --quick' if record['quick'] else ''}"
     picture = f"{record['target'].replace('/', '-')}{'-quick' if record['quick'] else ''}-arms.png"
+    own = {name: arm.get("learning_rate") for name, arm in record["arms"].items()}
+    rates = rates_told(plan["learning_rate"], own, " for all arms")
     lines = [
         f"# {title}",
         "",
@@ -89,7 +91,7 @@ def lab_page(record: Record, title: str) -> str:
         *record["verdict"].get("table", []),
         f"Decoder of width {plan['width']}, {plan['num_layers']} layers, {plan['steps']} steps of "
         f"{plan['rows']} x {plan['context']} tokens (bytes of the default corpus), AdamW at "
-        f"{_rates(record)}, weight decay {plan['weight_decay']:g}; seeds "
+        f"{rates}, weight decay {plan['weight_decay']:g}; seeds "
         f"{', '.join(map(str, plan['seeds']))}, all shown. Same tokens in the same order for every arm. "
         "MaxVio: (max load - mean) / mean, of the last fifth of training batches and of all validation text; "
         "a dead expert has less than a tenth of an even share of it. Step times: both sides alternate, "
@@ -101,17 +103,6 @@ def lab_page(record: Record, title: str) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _rates(record: Record) -> str:
-    """Return which arm was trained at which peak rate."""
-    shared = record["plan"]["learning_rate"]
-    by_rate: dict[float, list[str]] = {}
-    for name, arm in record["arms"].items():
-        by_rate.setdefault(arm.get("learning_rate", shared), []).append(name)
-    if list(by_rate) == [shared]:
-        return f"{shared:g} for all arms"
-    return "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in by_rate.items())
 
 
 def lab_pictures(record: Record, work: Path) -> dict[str, Path]:

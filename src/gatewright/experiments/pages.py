@@ -27,6 +27,18 @@ def taken_from(record: Mapping[str, Any], source: str) -> str:
     )
 
 
+def rates_told(shared: float, own: Mapping[str, float | None], of: str = "") -> str:
+    """Return which side was trained at which peak rate, from the rate of a plan and those that sides have of
+    their own; `of` is what follows where one is all sides'.
+    """
+    by_rate: dict[float, list[str]] = {}
+    for name, rate in own.items():
+        by_rate.setdefault(shared if rate is None else rate, []).append(name)
+    if len(by_rate) == 1:
+        return f"{next(iter(by_rate)):g}{of}"
+    return "; ".join(f"{rate:g} for {' and '.join(names)}" for rate, names in by_rate.items())
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
