@@ -69,7 +69,7 @@ def test_every_rate_of_a_sweep_is_recorded_and_verdict_and_page_follow(target: s
     assert record["plan"] == lab._shared(dataclasses.replace(plan, seeds=(rates.SEED,), evaluations=1))
     assert list(record["arms"]) == list(names)
     for own in record["arms"].values():
-        assert [one["learning_rate"] for one in own] == list(rates.RATES)
+        assert [one["learning_rate"] for one in own] == list(rates.rates_of(target))
     assert json.loads(json.dumps(rates.rates_verdict(record))) == record["verdict"]
     assert rates.rates_page(record) == (ROOT / f"{name}.md").read_text(encoding="utf-8")
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))

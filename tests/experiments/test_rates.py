@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gatewright.experiments import lab, rates
-from gatewright.experiments.rates import RATES, SEED, SWEPT, rates_verdict
+from gatewright.experiments.rates import RATES, SEED, SWEPT, rates_of, rates_verdict
 
 
 def test_every_arm_has_every_rate_and_nothing_is_trained_twice(
@@ -24,14 +24,16 @@ def test_every_arm_has_every_rate_and_nothing_is_trained_twice(
 
     monkeypatch.setattr(rates, "train", train)
     record, page, pictures = rates.run_rates("switch/rates", tmp_path, True)
-    assert asked == [(name, rate, SEED) for rate in RATES for name in SWEPT["switch/rates"][1]]
+    wanted = rates_of("switch/rates")
+    assert asked == [(name, rate, SEED) for rate in wanted for name in SWEPT["switch/rates"][1]]
     assert SEED not in SWEPT["switch/rates"][0].seeds
     again, _, _ = rates.run_rates("switch/rates", tmp_path, True)
-    assert len(asked) == 16
+    assert len(asked) == 20
     assert again["arms"] == record["arms"]
-    assert [own["learning_rate"] for own in record["arms"]["top-2 2"]] == list(RATES)
-    assert [own["valid_bpb"] for own in record["arms"]["dense"]] == pytest.approx([2.01, 2.05, 2.09, 2.13])
-    assert "| dense | 2.0100 | 2.0500 | 2.0900 | 2.1300 |" in page
+    assert [own["learning_rate"] for own in record["arms"]["top-2 2"]] == [*RATES, 0.024]
+    dense = [own["valid_bpb"] for own in record["arms"]["dense"]]
+    assert dense == pytest.approx([2.01, 2.05, 2.09, 2.13, 2.17])
+    assert "| dense | 2.0100 | 2.0500 | 2.0900 | 2.1300 | 2.1700 |" in page
     assert pictures == {}
 
 
