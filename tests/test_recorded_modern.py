@@ -13,12 +13,15 @@ import pytest
 from gatewright.experiments import (
     balance_scope,
     deepseek_mtp,
+    few_experts,
     lab,
     mixtral_passkey,
     mixtral_routing,
     olmoe_dense,
     olmoe_stability,
     rates,
+    switch_figure1,
+    switch_table1,
     trials,
 )
 from gatewright.experiments.trial_pages import trial_page
@@ -75,3 +78,15 @@ def test_every_rate_of_a_sweep_is_recorded_and_verdict_and_page_follow(target: s
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     first, _, second = target.partition("/")
     assert set(expected[first][second]) == {"metric", "sign", "least_effect"}
+
+
+def test_arms_take_the_best_rates_of_the_recorded_sweep() -> None:
+    best = json.loads((ROOT / "switch-rates.json").read_text(encoding="utf-8"))["verdict"]["best"]
+    kinds = {"dense": "dense", "Switch": "Switch 1.25", "Switch+": "Switch 1.25", "top-2": "top-2 2"}
+    for arm in switch_table1.PLAN.arms:
+        assert arm.learning_rate == best[kinds[arm.name.partition(" ")[0]]]
+    for plan in (switch_figure1.PLAN, few_experts.PLAN):
+        for arm in plan.arms:
+            kind = "dense" if arm.name == plan.baseline else "Switch 1.25"
+            assert arm.learning_rate == best[kind]
+    assert best["Switch 1.25"] == best["64 experts"]

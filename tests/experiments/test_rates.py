@@ -20,6 +20,7 @@ def test_every_arm_has_every_rate_and_nothing_is_trained_twice(
     def train(plan: lab.Plan, arm: lab.Arm, corpus: Any, seed: int) -> dict[str, Any]:
         asked.append((arm.name, plan.learning_rate, seed))
         assert plan.steps == 128
+        assert arm.learning_rate is None
         return {"valid_bpb": 2.0 + len(asked) / 100}
 
     monkeypatch.setattr(rates, "train", train)

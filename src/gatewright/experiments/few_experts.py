@@ -7,6 +7,7 @@ from pathlib import Path
 from gatewright.experiments.arms import run_arms
 from gatewright.experiments.granularity import gaps, told, unless_diverged
 from gatewright.experiments.lab import Arm, Plan, Record
+from gatewright.experiments.switch_table1 import DENSE_RATE, SWITCH_RATE
 from gatewright.parts import Capacity
 
 _WIDTH = 256
@@ -22,11 +23,14 @@ def _switch(num_experts: int) -> Arm:
         _WIDTH,
         {"balance": 1e-2},
         capacity=Capacity(1.25, eval_factor=2.0),
+        learning_rate=SWITCH_RATE,
     )
 
 
 PLAN = Plan(
-    arms=(Arm("dense twin", None, 1, 1, _WIDTH), *map(_switch, _COUNTS)), baseline="dense twin", steps=1024
+    arms=(Arm("dense twin", None, 1, 1, _WIDTH, learning_rate=DENSE_RATE), *map(_switch, _COUNTS)),
+    baseline="dense twin",
+    steps=1024,
 )
 CLAIM = "Switch with 2, 4 and 8 experts ends below the dense twin of equal active FLOPs in every seed"
 

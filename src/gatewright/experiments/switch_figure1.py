@@ -16,6 +16,7 @@ from gatewright.experiments.compare import crossing
 from gatewright.experiments.granularity import bits, gaps
 from gatewright.experiments.lab import Arm, Plan, Record
 from gatewright.experiments.paired import finite, interval
+from gatewright.experiments.switch_table1 import DENSE_RATE, SWITCH_RATE
 from gatewright.experiments.t_test import quantile
 from gatewright.parts import Capacity
 
@@ -33,9 +34,18 @@ def named(num_experts: int) -> str:
 def _arm(num_experts: int) -> Arm:
     """Return Switch; one expert is the dense twin. Evaluated without drops (f = E)."""
     if num_experts == 1:
-        return Arm(named(1), None, 1, 1, _WIDTH, note="the dense twin")
+        return Arm(named(1), None, 1, 1, _WIDTH, note="the dense twin", learning_rate=DENSE_RATE)
     capacity = Capacity(1.25, float(num_experts), per_token=True)
-    return Arm(named(num_experts), "switch", num_experts, 1, _WIDTH, {"balance": 1e-2}, capacity=capacity)
+    return Arm(
+        named(num_experts),
+        "switch",
+        num_experts,
+        1,
+        _WIDTH,
+        {"balance": 1e-2},
+        capacity=capacity,
+        learning_rate=SWITCH_RATE,
+    )
 
 
 PLAN = Plan(

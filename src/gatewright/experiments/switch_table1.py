@@ -16,6 +16,8 @@ from gatewright.parts import Capacity
 
 _WIDTH, _EXPERTS = 256, 16
 FACTORS = (2.0, 1.25, 1.0)
+# The best of switch/rates: of the dense model, of Switch at 1.25, of top-2 at 2.0.
+DENSE_RATE, SWITCH_RATE, TOP2_RATE = 6e-3, 1.2e-2, 6e-3
 
 
 def _mixture(name: str, num_selected: int, factor: float, width: int = _WIDTH, note: str = "") -> Arm:
@@ -24,12 +26,23 @@ def _mixture(name: str, num_selected: int, factor: float, width: int = _WIDTH, n
     """
     capacity = Capacity(factor, float(_EXPERTS), per_token=True, order="rank")
     losses = {"balance": 1e-2}
-    return Arm(name, "token_choice_raw", _EXPERTS, num_selected, width, losses, capacity=capacity, note=note)
+    rate = SWITCH_RATE if num_selected == 1 else TOP2_RATE
+    return Arm(
+        name,
+        "token_choice_raw",
+        _EXPERTS,
+        num_selected,
+        width,
+        losses,
+        capacity=capacity,
+        note=note,
+        learning_rate=rate,
+    )
 
 
 PLAN = Plan(
     arms=(
-        Arm("dense", None, 1, 1, _WIDTH, note="one MLP of an expert's width"),
+        Arm("dense", None, 1, 1, _WIDTH, note="one MLP of an expert's width", learning_rate=DENSE_RATE),
         *(
             _mixture(f"{kind} {factor:g}", selected, factor)
             for factor in FACTORS
