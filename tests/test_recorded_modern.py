@@ -14,6 +14,7 @@ from gatewright.experiments import (
     balance_scope,
     deepseek_mtp,
     few_experts,
+    gshard_runs,
     lab,
     mixtral_passkey,
     mixtral_routing,
@@ -90,3 +91,11 @@ def test_arms_take_the_best_rates_of_the_recorded_sweep() -> None:
             kind = "dense" if arm.name == plan.baseline else "Switch 1.25"
             assert arm.learning_rate == best[kind]
     assert best["Switch 1.25"] == best["64 experts"]
+
+
+@pytest.mark.skipif(not (ROOT / "gshard-rates.json").is_file(), reason="not recorded yet")
+def test_translation_s_systems_take_the_best_rates_of_the_recorded_sweep() -> None:
+    best = json.loads((ROOT / "gshard-rates.json").read_text(encoding="utf-8"))["verdict"]["best"]
+    for system in gshard_runs.SYSTEMS:
+        rate = gshard_runs.PLAN.learning_rate if system.learning_rate is None else system.learning_rate
+        assert rate == best[gshard_runs.SPARSE if system.num_experts else gshard_runs.TWIN]

@@ -29,9 +29,10 @@ TEXT = TextPlan(
     low_share=0.2, source_pieces=300, target_pieces=280, many_pieces=300, longest=30, held_out=0.1,
 )  # fmt: skip
 FEWER = [own for own in PLAN.systems if own.name in (SPARSE, TWIN, BILINGUAL, MANY)]
+SMALL = tuple(replace(own, num_experts=min(own.num_experts, 4), learning_rate=None) for own in FEWER)
 TINY = replace(
     PLAN, text=TEXT, seeds=(0,), rows=6, steps=6, warmup_steps=2, dev_lines=2, test_lines=2, beams=1,
-    levels=(5.0,), systems=tuple(replace(own, num_experts=min(own.num_experts, 4)) for own in FEWER),
+    levels=(5.0,), systems=SMALL,
     model=replace(PLAN.model, width=16, num_heads=2, head_dim=4, expert_width=8, ffn_width=16),
 )  # fmt: skip
 
