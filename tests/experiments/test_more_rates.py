@@ -15,7 +15,7 @@ from gatewright.experiments.distill_rates import run_distill_rates
 from gatewright.experiments.finetune_tables import DENSE, EVEN, EXPERT
 from gatewright.experiments.gshard_rates import run_gshard_rates
 from gatewright.experiments.gshard_runs import SPARSE, TWIN
-from gatewright.experiments.rates import MEASURES, RATES, SEED, rates_page
+from gatewright.experiments.rates import MEASURES, RATES, SEED, rates_of, rates_page
 from gatewright.experiments.tuning_rates import SWEPT, run_text_rates, run_tuning_rates
 from gatewright.training.finetuner import FineTuner
 from gatewright.training.pairs import PairTrainer
@@ -107,8 +107,10 @@ def test_both_models_are_trained_on_text_at_every_rate(tmp_path: Path, monkeypat
     monkeypatch.setattr(Trainer, "advance", noted)
     plan = dataclasses.replace(SWEPT, **test_finetune_tables.SMALL)
     record, page, _ = run_text_rates(tmp_path, False, plan)
-    assert seen[::4] == [(rate, SEED, sparse) for rate in RATES for sparse in (False, True)]
-    assert len({one["valid_bpb"] for own in record["arms"].values() for one in own}) == 8
+    assert seen[::4] == [
+        (rate, SEED, sparse) for rate in rates_of("switch/text-rates") for sparse in (False, True)
+    ]
+    assert len({one["valid_bpb"] for own in record["arms"].values() for one in own}) == 10
     assert record["shared"] == plan.pretraining_rate
     assert rates_page(record) == page
     assert "256 tokens of text in batches of 64, seed 4" in page

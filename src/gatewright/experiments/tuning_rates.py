@@ -13,8 +13,7 @@ from gatewright.data import open_corpus
 from gatewright.experiments.finetune_runs import Bench, Plan, quick_form, run_plan
 from gatewright.experiments.finetune_tables import DENSE, EVEN, EXPERT, TABLE4
 from gatewright.experiments.lab import Record
-from gatewright.experiments.rates import RATES as TEXT_RATES
-from gatewright.experiments.rates import SEED, Result, swept
+from gatewright.experiments.rates import SEED, Result, rates_of, swept
 from gatewright.training.interrupt import stop_on_signals
 from gatewright.training.run import TrainRun
 from gatewright.training.runlog import Progress
@@ -45,7 +44,7 @@ def run_text_rates(work: Path, quick: bool, whole: Plan = TABLE4) -> Result:
     """Return the record and its page: both models on text; quick: a quarter of the tokens."""
     plan = quick_form(whole) if quick else whole
     found: dict[str, list[Record]] = {name: [] for name in KINDS}
-    jobs = [(rate, name) for rate in TEXT_RATES for name in KINDS]
+    jobs = [(rate, name) for rate in rates_of(TEXT_TARGET) for name in KINDS]
     with Progress(TEXT_TARGET) as progress, stop_on_signals() as stop:
         corpus = open_corpus(plan.data, tokenizer=plan.tokenizer, progress=progress.say)
         for place, (rate, name) in enumerate(jobs):
