@@ -136,10 +136,11 @@ def test_distillation_s_dense_model_and_teacher_have_every_rate(
     monkeypatch.setattr(Trainer, "__init__", noted)
     plan = test_distill_tables.PLAN6
     record, page, _ = run_distill_rates(tmp_path, False, plan)
-    assert [own[:2] for own in seen] == [(rate, SEED) for rate in RATES for _ in range(2)]
-    assert [own[2] for own in seen[1::2]] == [4] * len(RATES)
-    assert len({one["valid_bpb"] for own in record["arms"].values() for one in own}) == 8
+    wanted = rates_of("switch/distill-rates")
+    assert [own[:2] for own in seen] == [(rate, SEED) for rate in wanted for _ in range(2)]
+    assert [own[2] for own in seen[1::2]] == [4] * len(wanted)
+    assert len({one["valid_bpb"] for own in record["arms"].values() for one in own}) == 10
     assert rates_page(record) == page
     assert "256 tokens in batches of 64, seed 4" in page
     run_distill_rates(tmp_path, False, plan)
-    assert len(seen) == 8
+    assert len(seen) == 10

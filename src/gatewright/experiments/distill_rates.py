@@ -10,7 +10,7 @@ from gatewright.data import open_corpus
 from gatewright.experiments.distill_runs import Plan, SeedModels, _shared, quick_form
 from gatewright.experiments.distill_tables import TABLE6
 from gatewright.experiments.lab import Record
-from gatewright.experiments.rates import RATES, SEED, Result, swept
+from gatewright.experiments.rates import SEED, Result, rates_of, swept
 from gatewright.training.interrupt import stop_on_signals
 from gatewright.training.runlog import Progress
 
@@ -23,7 +23,7 @@ def run_distill_rates(work: Path, quick: bool, whole: Plan = TABLE6) -> Result:
     plan = replace(quick_form(whole) if quick else whole, seeds=(SEED,))
     sizes = {DENSE: None, TEACHER: replace(plan.model, num_experts=max(plan.num_experts))}
     found: dict[str, list[Record]] = {name: [] for name in sizes}
-    jobs = [(rate, name) for rate in RATES for name in sizes]
+    jobs = [(rate, name) for rate in rates_of(TARGET) for name in sizes]
     with Progress(TARGET) as progress, stop_on_signals() as stop:
         corpus = open_corpus(plan.data, progress=progress.say)
         for place, (rate, name) in enumerate(jobs):

@@ -36,7 +36,7 @@ SWEPT: dict[str, tuple[Plan, tuple[str, ...], str]] = {
     "olmoe/rates": (GRANULARITY, ("dense twin", "16 / 2"), "olmoe/granularity"),
 }
 # With these four some arm had its best at the end of the list.
-_HIGHER: dict[str, tuple[float, ...]] = {"switch/rates": (2.4e-2,), "switch/text-rates": (2.4e-2,)}
+_HIGHER = dict.fromkeys(("switch/rates", "switch/text-rates", "switch/distill-rates"), (2.4e-2,))
 CLAIM = (
     "each sparse arm is on the same side of the dense model at the rate that all arms share and with each at "
     "the best of its own rates"
