@@ -46,7 +46,7 @@ def of_sizes(verdict: Callable[[Record], Record]) -> Callable[[Record], Record]:
 
 def distilled(plan: distill_runs.Plan) -> Record:
     """Return a plan as it was before a Switch had dropout to set."""
-    told = dataclasses.asdict(plan)
+    told = plan.to_dict()
     assert [told["model"].pop(name) for name in ("dropout", "expert_dropout")] == [0, 0]
     return told
 

@@ -187,3 +187,25 @@ def test_the_quick_form_is_shorter_with_the_outer_teachers():
     assert quick.seeds == (0,)
     assert quick_form(TABLE6).num_experts == (64,)
     assert set(distill_tables.DISTILLED) == {"switch/table6", "switch/table7"}
+
+
+def test_teachers_may_have_a_rate_of_their_own_and_the_page_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    advance = Trainer.advance
+    trained: list[float] = []
+
+    def stepped(self: Trainer) -> Any:
+        if self.step == 0:
+            trained.append(self.run.learning_rate)
+        return advance(self)
+
+    monkeypatch.setattr(Trainer, "advance", stepped)
+    plan = dataclasses.replace(PLAN6, seeds=(0,), teacher_rate=0.02)
+    _, page, _ = run_table6(tmp_path, False, plan)
+    # Dense, longer, teacher, four students.
+    assert trained == [0.006, 0.006, 0.02, 0.006, 0.006, 0.006, 0.006]
+    assert "AdamW at 0.006 for dense models; 0.02 for teachers; seeds 0" in page
+    _, page, _ = run_table6(tmp_path / "one", False, dataclasses.replace(plan, teacher_rate=None))
+    assert set(trained[7:]) == {0.006}
+    assert "AdamW at 0.006 for all; seeds 0" in page

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gatewright.experiments.pages import measured_with, taken_from
+from gatewright.experiments.pages import measured_with, rates_told, taken_from
 from gatewright.inspection.plots.rows import draw_rows
 
 Record = dict[str, Any]
@@ -88,6 +88,8 @@ def distilled_page(record: Record) -> str:
     goals = [
         f"- {goal}: {'held' if held else 'not held'}" for goal, held in record["verdict"]["goals"].items()
     ]
+    kinds = {"dense models": None, "teachers": plan.get("teacher_rate")}
+    rates = rates_told(plan["learning_rate"], kinds, " for all")
     model, number = plan["model"], record["target"].removeprefix("switch/table")
     lines = [
         f"# Distillation, table {number} of Switch Transformer",
@@ -109,7 +111,7 @@ def distilled_page(record: Record) -> str:
         f"Decoders of width {model['width']}, {model['num_layers']} layers, sparse layers "
         f"{model['moe_layers']}, experts {model['expert_width']} wide; {plan['tokens']:,} tokens for each "
         f"model in batches of {plan['batch_tokens']:,} (bytes of the default corpus), AdamW at "
-        f"{plan['learning_rate']:g} for all; seeds {', '.join(map(str, plan['seeds']))}, all shown. Students "
+        f"{rates}; seeds {', '.join(map(str, plan['seeds']))}, all shown. Students "
         "have the shape of the largest teacher's dense twin and see the teacher's batches again. A student "
         "that starts from trained weights has been trained for longer: the dense model with a second "
         "schedule from its own weights says what that alone is worth.",

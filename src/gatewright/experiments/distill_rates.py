@@ -20,7 +20,7 @@ DENSE, TEACHER = "dense", "64 experts"
 
 def run_distill_rates(work: Path, quick: bool, whole: Plan = TABLE6) -> Result:
     """Return the record and its page; quick: three eighths of the tokens."""
-    plan = replace(quick_form(whole) if quick else whole, seeds=(SEED,))
+    plan = replace(quick_form(whole) if quick else whole, seeds=(SEED,), teacher_rate=None)
     sizes = {DENSE: None, TEACHER: replace(plan.model, num_experts=max(plan.num_experts))}
     found: dict[str, list[Record]] = {name: [] for name in sizes}
     jobs = [(rate, name) for rate in rates_of(TARGET) for name in sizes]

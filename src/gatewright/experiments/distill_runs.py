@@ -47,6 +47,7 @@ SMALL = Settings(width=32, head_dim=16, expert_width=128, ffn_width=128)
 class Plan:
     """What is run: for each seed one plain dense model, the same trained twice as long (a second schedule
     from its own weights, as a student has one from the teacher's), each teacher, and its students.
+    `teacher_rate` is the teachers' peak rate; None: `learning_rate`, that of all others.
     """
 
     target: str
@@ -56,10 +57,17 @@ class Plan:
     model: Settings = SMALL
     seeds: tuple[int, ...] = (0, 1, 2)
     learning_rate: float = 6e-3
+    teacher_rate: float | None = None
     warmup_steps: int = 100
     batch_tokens: int = 8192
     eval_bytes: int = 262_144
     data: tuple[str, ...] = ()
+
+    def to_dict(self) -> Record:
+        """Return plain data; a rate of the teachers only where they have their own."""
+        told = {key: value for key, value in asdict(self).items() if value is not None}
+        plain: Record = json.loads(json.dumps(told))
+        return plain
 
 
 def quick_form(plan: Plan) -> Plan:
@@ -87,15 +95,17 @@ class SeedModels:
         self.folders: dict[str, Path] = {}
 
     def run(self, model: Settings) -> TrainRun:
-        """Return the training run that all models of the seed share but for their shape."""
-        plan = self.plan
+        """Return the training run that all models of the seed share but for their shape, and teachers for
+        their rate.
+        """
+        plan, rate = self.plan, self.plan.teacher_rate
         return TrainRun(
             paper="switch",
             model=model,
             data=plan.data,
             tokens=plan.tokens,
             seed=self.seed,
-            learning_rate=plan.learning_rate,
+            learning_rate=plan.learning_rate if rate is None or model == self.student else rate,
             warmup_steps=plan.warmup_steps,
             batch_tokens=plan.batch_tokens,
             eval_bytes=plan.eval_bytes,
@@ -156,11 +166,11 @@ def _digest(settings: Record) -> str:
 
 def _shared(plan: Plan) -> Record:
     """Return a plan as plain data, less what only says which models are trained."""
-    own = {k: v for k, v in asdict(plan).items() if k not in ("num_experts", "recipes", "seeds", "target")}
+    told = plan.to_dict().items()
+    own: Record = {k: v for k, v in told if k not in ("num_experts", "recipes", "seeds", "target")}
     # One student's shape follows from the largest teacher.
     own["largest"] = max(plan.num_experts)
-    plain: Record = json.loads(json.dumps(own))
-    return plain
+    return own
 
 
 def run_distilled(plan: Plan, work: Path) -> Record:
@@ -194,7 +204,7 @@ def run_distilled(plan: Plan, work: Path) -> Record:
                     done += 1
                 teachers[str(number)] = found | {"students": students}
             seeds.append({"seed": seed, "dense": dense, "longer": longer, "teachers": teachers})
-    return {"schema": "gatewright.distilled.v1", "plan": json.loads(json.dumps(asdict(plan))), "seeds": seeds}
+    return {"schema": "gatewright.distilled.v1", "plan": plan.to_dict(), "seeds": seeds}
 
 
 def _kept(student: Record, teacher: Record, dense: Record) -> Record:
