@@ -16,6 +16,7 @@ from gatewright.training.runlog import Progress
 
 TARGET, OF = "switch/distill-rates", "switch/table6"
 DENSE, TEACHER = "dense", "64 experts"
+SHARED = 6e-3  # what both had before the sweep
 
 
 def run_distill_rates(work: Path, quick: bool, whole: Plan = TABLE6) -> Result:
@@ -39,7 +40,7 @@ def run_distill_rates(work: Path, quick: bool, whole: Plan = TABLE6) -> Result:
             found[name].append({"learning_rate": rate, "valid_bpb": model["bits_per_byte"]})
     told = {
         "course": f"{plan.tokens:,} tokens in batches of {plan.batch_tokens:,}",
-        "plan": _shared(plan),
+        "plan": {key: value for key, value in _shared(plan).items() if key != "learning_rate"},
         "data": {"text": corpus.fingerprint},
     }
-    return swept(TARGET, OF, whole.learning_rate, found, quick, told)
+    return swept(TARGET, OF, SHARED, found, quick, told)

@@ -61,7 +61,7 @@ class Plan:
     tokens: int = 4_915_200
     batch_tokens: int = 4096
     warmup_steps: int = 100
-    pretraining_rate: float = 3e-3
+    pretraining_rate: float = 1.2e-2  # the best of switch/text-rates, of both
     dense_pretraining_rate: float | None = None
     steps: int = 160
     rows: int = 32

@@ -4,6 +4,7 @@ on every task, at four learning rates each.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from dataclasses import replace
@@ -20,6 +21,8 @@ from gatewright.training.runlog import Progress
 
 TEXT_TARGET, TARGET, OF = "switch/text-rates", "switch/tuning-rates", "switch/table4, switch/table8"
 KINDS = {"dense": False, "Switch": True}
+# What both sides had before any sweep.
+TEXT_SHARED, SHARED = 3e-3, 2e-3
 SIDES = (DENSE, EVEN, EXPERT)
 # Half as high as those of training from new weights.
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -59,10 +62,18 @@ def run_text_rates(work: Path, quick: bool, whole: Plan = TABLE4) -> Result:
             found[name].append({"learning_rate": rate, "valid_bpb": bits if math.isfinite(bits) else None})
     told = {
         "course": f"{plan.tokens:,} tokens of text in batches of {plan.batch_tokens:,}",
-        "plan": plan.to_dict(),
+        "plan": course_of(plan),
         "data": {"text": corpus.fingerprint},
     }
-    return swept(TEXT_TARGET, OF, whole.pretraining_rate, found, quick, told)
+    return swept(TEXT_TARGET, OF, TEXT_SHARED, found, quick, told)
+
+
+def course_of(plan: Plan) -> Record:
+    """Return what a sweep's runs share, as plain data: a plan without its sides and rates."""
+    left = ("target", "sides", "seeds", "pretraining_rate", "dense_pretraining_rate", "learning_rate")
+    told = plan.to_dict().items()
+    course: Record = json.loads(json.dumps({k: v for k, v in told if k not in left}))
+    return course
 
 
 def run_tuning_rates(work: Path, quick: bool, plan: Plan = SWEPT) -> Result:
@@ -83,11 +94,11 @@ def run_tuning_rates(work: Path, quick: bool, plan: Plan = SWEPT) -> Result:
     told = {
         "measure": "dev_error",
         "course": f"{plan.steps} steps of {plan.rows} texts of each of {len(plan.tasks)} tasks",
-        "plan": plan.to_dict(),
+        "plan": course_of(plan),
         "pretrained": record["pretrained"],
         "data": {"tasks": record["tasks"]},
     }
-    return swept(TARGET, OF, TABLE4.learning_rate, found, quick, told)
+    return swept(TARGET, OF, SHARED, found, quick, told)
 
 
 def _dev(own: list[Record]) -> Record:
