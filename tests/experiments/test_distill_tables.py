@@ -204,8 +204,8 @@ def test_teachers_may_have_a_rate_of_their_own_and_the_page_says_so(
     plan = dataclasses.replace(PLAN6, seeds=(0,), teacher_rate=0.02)
     _, page, _ = run_table6(tmp_path, False, plan)
     # Dense, longer, teacher, four students.
-    assert trained == [0.006, 0.006, 0.02, 0.006, 0.006, 0.006, 0.006]
-    assert "AdamW at 0.006 for dense models; 0.02 for teachers; seeds 0" in page
+    assert trained == [0.012, 0.012, 0.02, 0.012, 0.012, 0.012, 0.012]
+    assert "AdamW at 0.012 for dense models; 0.02 for teachers; seeds 0" in page
     _, page, _ = run_table6(tmp_path / "one", False, dataclasses.replace(plan, teacher_rate=None))
-    assert set(trained[7:]) == {0.006}
-    assert "AdamW at 0.006 for all; seeds 0" in page
+    assert set(trained[7:]) == {0.012}
+    assert "AdamW at 0.012 for all; seeds 0" in page
