@@ -7,13 +7,18 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gatewright.experiments import (
     balance_scope,
     deepseek_mtp,
+    distill_rates,
+    distill_tables,
     few_experts,
+    finetune_tables,
+    gshard_rates,
     gshard_runs,
     lab,
     mixtral_passkey,
@@ -24,6 +29,7 @@ from gatewright.experiments import (
     switch_figure1,
     switch_table1,
     trials,
+    tuning_rates,
 )
 from gatewright.experiments.trial_pages import trial_page
 
@@ -62,23 +68,63 @@ def test_every_arm_and_seed_is_recorded_and_verdict_and_page_follow(name: str) -
     assert set(expected[first][second]) == {"metric", "sign", "least_effect"}
 
 
-@pytest.mark.parametrize(
-    "target", [t for t in rates.SWEPT if (ROOT / f"{t.replace('/', '-')}.json").is_file()]
-)
-def test_every_rate_of_a_sweep_is_recorded_and_verdict_and_page_follow(target: str) -> None:
-    plan, names, _ = rates.SWEPT[target]
+OTHER_SWEEPS: dict[str, tuple[tuple[str, ...], tuple[float, ...], Any]] = {
+    "gshard/rates": (gshard_rates.NAMES, rates.RATES, gshard_rates.course_of(gshard_runs.PLAN)),
+    "switch/text-rates": (
+        tuple(tuning_rates.KINDS),
+        rates.rates_of(tuning_rates.TEXT_TARGET),
+        tuning_rates.course_of(finetune_tables.TABLE4),
+    ),
+    "switch/tuning-rates": (
+        tuple(side.name for side in tuning_rates.SIDES),
+        tuning_rates.RATES,
+        tuning_rates.course_of(tuning_rates.SWEPT),
+    ),
+    "switch/distill-rates": (
+        (distill_rates.DENSE, distill_rates.TEACHER),
+        rates.rates_of(distill_rates.TARGET),
+        distill_rates.course_of(distill_tables.TABLE6),
+    ),
+}
+
+
+def recorded_sweep(target: str) -> Any:
+    """Return a recorded sweep whose verdict and page follow from it, and whose expectation is written."""
     name = target.replace("/", "-")
     record = json.loads((ROOT / f"{name}.json").read_text(encoding="utf-8"))
+    assert record["target"] == target
     assert not record["quick"]
-    assert record["plan"] == lab._shared(dataclasses.replace(plan, seeds=(rates.SEED,), evaluations=1))
-    assert list(record["arms"]) == list(names)
-    for own in record["arms"].values():
-        assert [one["learning_rate"] for one in own] == list(rates.rates_of(target))
+    assert record["seed"] == rates.SEED
     assert json.loads(json.dumps(rates.rates_verdict(record))) == record["verdict"]
     assert rates.rates_page(record) == (ROOT / f"{name}.md").read_text(encoding="utf-8")
     expected = tomllib.loads((ROOT / "expected.toml").read_text(encoding="utf-8"))
     first, _, second = target.partition("/")
     assert set(expected[first][second]) == {"metric", "sign", "least_effect"}
+    return record
+
+
+@pytest.mark.parametrize(
+    "target", [t for t in rates.SWEPT if (ROOT / f"{t.replace('/', '-')}.json").is_file()]
+)
+def test_every_rate_of_a_sweep_is_recorded_and_verdict_and_page_follow(target: str) -> None:
+    plan, names, _ = rates.SWEPT[target]
+    record = recorded_sweep(target)
+    assert record["plan"] == lab._shared(dataclasses.replace(plan, seeds=(rates.SEED,), evaluations=1))
+    assert list(record["arms"]) == list(names)
+    for own in record["arms"].values():
+        assert [one["learning_rate"] for one in own] == list(rates.rates_of(target))
+
+
+@pytest.mark.parametrize(
+    "target", [t for t in OTHER_SWEEPS if (ROOT / f"{t.replace('/', '-')}.json").is_file()]
+)
+def test_every_rate_of_a_sweep_of_the_papers_own_runs_is_recorded(target: str) -> None:
+    names, wanted, course = OTHER_SWEEPS[target]
+    record = recorded_sweep(target)
+    assert record["plan"] == course
+    assert list(record["arms"]) == list(names)
+    for own in record["arms"].values():
+        assert [one["learning_rate"] for one in own] == list(wanted)
 
 
 def test_arms_take_the_best_rates_of_the_recorded_sweep() -> None:

@@ -40,7 +40,14 @@ def run_distill_rates(work: Path, quick: bool, whole: Plan = TABLE6) -> Result:
             found[name].append({"learning_rate": rate, "valid_bpb": model["bits_per_byte"]})
     told = {
         "course": f"{plan.tokens:,} tokens in batches of {plan.batch_tokens:,}",
-        "plan": {key: value for key, value in _shared(plan).items() if key != "learning_rate"},
+        "plan": course_of(plan),
         "data": {"text": corpus.fingerprint},
     }
     return swept(TARGET, OF, SHARED, found, quick, told)
+
+
+def course_of(plan: Plan) -> Record:
+    """Return what a sweep's runs share, as plain data: a plan without its rates."""
+    return {
+        key: value for key, value in _shared(plan).items() if key not in ("learning_rate", "teacher_rate")
+    }
