@@ -135,7 +135,7 @@ def test_the_most_even_rate_is_judged_by_evenness_and_quality(
 
 
 def test_few_experts_ask_every_count():
-    arms = {"dense twin": arm(2.0, 2.0), **{f"{n} experts": arm(1.9, 1.95) for n in (2, 4, 8)}}
+    arms = {"1 expert": arm(2.0, 2.0), **{f"{n} experts": arm(1.9, 1.95) for n in (2, 4, 8)}}
     assert few_experts.few_verdict({"arms": arms})["held"]
     arms["2 experts"] = arm(1.9, 2.01)
     assert not few_experts.few_verdict({"arms": arms})["held"]

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from gatewright.experiments.arms import run_arms
 from gatewright.experiments.granularity import gaps, told, unless_diverged
-from gatewright.experiments.lab import Arm, Plan, Record
-from gatewright.experiments.switch_table1 import DENSE_RATE, SWITCH_RATE
-from gatewright.parts import Capacity
+from gatewright.experiments.lab import Record
+from gatewright.experiments.switch_figure1 import PLAN as FIGURE1
+from gatewright.experiments.switch_figure1 import named
 
-_WIDTH = 256
 _COUNTS = (2, 4, 8)
-
-
-def _switch(num_experts: int) -> Arm:
-    return Arm(
-        f"{num_experts} experts",
-        "switch",
-        num_experts,
-        1,
-        _WIDTH,
-        {"balance": 1e-2},
-        capacity=Capacity(1.25, eval_factor=2.0),
-        learning_rate=SWITCH_RATE,
-    )
-
-
-PLAN = Plan(
-    arms=(Arm("dense twin", None, 1, 1, _WIDTH, learning_rate=DENSE_RATE), *map(_switch, _COUNTS)),
-    baseline="dense twin",
-    steps=1024,
-)
+# Arms of figure 1: with its --work what is trained there is not trained again.
+PLAN = dataclasses.replace(FIGURE1, arms=tuple(FIGURE1.arm(named(count)) for count in (1, *_COUNTS)))
 CLAIM = "Switch with 2, 4 and 8 experts ends below the dense twin of equal active FLOPs in every seed"
 
 
@@ -45,7 +27,7 @@ def run_few(work: Path, quick: bool) -> tuple[Record, str, dict[str, Path]]:
 @unless_diverged
 def few_verdict(record: Record) -> Record:
     """Return whether every count of experts beats the twin in every seed, and by how much."""
-    found = {f"{count} experts": gaps(record, "dense twin", f"{count} experts") for count in _COUNTS}
+    found = {named(count): gaps(record, named(1), named(count)) for count in _COUNTS}
     held = all(min(values) > 0 for values in found.values())
     shown = "; ".join(f"{name} {told(values)}" for name, values in found.items())
     return {
