@@ -145,3 +145,22 @@ def test_translation_s_systems_take_the_best_rates_of_the_recorded_sweep() -> No
     for system in gshard_runs.SYSTEMS:
         rate = gshard_runs.PLAN.learning_rate if system.learning_rate is None else system.learning_rate
         assert rate == best[gshard_runs.SPARSE if system.num_experts else gshard_runs.TWIN]
+
+
+def test_fine_tunings_and_distillations_take_the_best_rates_of_the_recorded_sweeps() -> None:
+    def best(name: str) -> set[float]:
+        verdict = json.loads((ROOT / f"switch-{name}.json").read_text(encoding="utf-8"))["verdict"]
+        return set(verdict["best"].values())
+
+    for plan in (finetune_tables.TABLE4, finetune_tables.TABLE8):
+        assert best("text-rates") == {plan.pretraining_rate}
+        assert best("tuning-rates") == {plan.learning_rate}
+        assert plan.dense_pretraining_rate is None
+        assert all(side.learning_rate is None for side in plan.sides)
+    sweep = json.loads((ROOT / "switch-distill-rates.json").read_text(encoding="utf-8"))
+    for table in (distill_tables.TABLE6, distill_tables.TABLE7):
+        assert table.learning_rate == sweep["verdict"]["best"]["dense"]
+        assert table.teacher_rate is None
+    # The teacher's is the next one, where it gains less than runs differ.
+    teacher = {own["learning_rate"]: own["valid_bpb"] for own in sweep["arms"]["64 experts"]}
+    assert abs(teacher[distill_tables.TABLE6.learning_rate] - min(teacher.values())) < 1e-3

@@ -256,11 +256,11 @@ def test_twins_and_sides_have_rates_of_their_own_and_the_page_says_which(
     sides = (dataclasses.replace(DENSE, learning_rate=0.005), EVEN, TWO, THREE, EXPERT)
     plan = dataclasses.replace(PLAN4, seeds=(0,), sides=sides, dense_pretraining_rate=0.004)
     _, page, _ = run_table4(tmp_path, False, plan)
-    assert seen[:4] == [("model", 0.012), ("model", 0.004), (DENSE.name, 0.005), (EVEN.name, 0.002)]
+    assert seen[:4] == [("model", 0.012), ("model", 0.004), (DENSE.name, 0.005), (EVEN.name, 0.008)]
     assert "(AdamW at 0.012 for the sparse one; 0.004 for its twin)" in page
-    assert f"AdamW at 0.005 for {DENSE.name}; 0.002 for {EVEN.name} and " in page
+    assert f"AdamW at 0.005 for {DENSE.name}; 0.008 for {EVEN.name} and " in page
     plain = dataclasses.replace(plan, sides=TABLE4.sides, dense_pretraining_rate=None)
     _, page, _ = run_table4(tmp_path / "plain", False, plain)
     assert (
-        "(AdamW at 0.012). Then each side on each task: 4 steps of 4 texts, AdamW at 0.002, the best" in page
+        "(AdamW at 0.012). Then each side on each task: 4 steps of 4 texts, AdamW at 0.008, the best" in page
     )

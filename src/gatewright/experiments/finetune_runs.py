@@ -65,7 +65,7 @@ class Plan:
     dense_pretraining_rate: float | None = None
     steps: int = 160
     rows: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 8e-3  # the best of switch/tuning-rates, of every side
     evaluations: int = 4
     teacher_weight: float = 0.25
     eval_bytes: int = 131_072
