@@ -201,7 +201,7 @@ def test_teachers_may_have_a_rate_of_their_own_and_the_page_says_so(
         return advance(self)
 
     monkeypatch.setattr(Trainer, "advance", stepped)
-    plan = dataclasses.replace(PLAN6, seeds=(0,), teacher_rate=0.02)
+    plan = dataclasses.replace(PLAN6, seeds=(0,), learning_rate=0.012, teacher_rate=0.02)
     _, page, _ = run_table6(tmp_path, False, plan)
     # Dense, longer, teacher, four students.
     assert trained == [0.012, 0.012, 0.02, 0.012, 0.012, 0.012, 0.012]

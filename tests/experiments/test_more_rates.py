@@ -86,7 +86,8 @@ def test_fine_tunings_share_two_models_and_each_side_has_every_rate(
     record, page, _ = run_tuning_rates(tmp_path, False, plan)
     assert tuned == [rate for rate in tuning_rates.RATES for _ in range(3)]
     assert set(texts) == {plan.pretraining_rate}
-    assert list(record["arms"]) == [DENSE.name, EVEN.name, EXPERT.name]
+    assert list(record["arms"]) == list(tuning_rates.SIDES)
+    assert list(tuning_rates.SIDES.values()) == [DENSE, EVEN, EXPERT]
     assert record["shared"] == 2e-3
     for own in record["arms"].values():
         assert [one["learning_rate"] for one in own] == list(tuning_rates.RATES)

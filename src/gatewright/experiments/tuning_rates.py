@@ -23,15 +23,18 @@ TEXT_TARGET, TARGET, OF = "switch/text-rates", "switch/tuning-rates", "switch/ta
 KINDS = {"dense": False, "Switch": True}
 # What both sides had before any sweep.
 TEXT_SHARED, SHARED = 3e-3, 2e-3
-SIDES = (DENSE, EVEN, EXPERT)
+SIDES = {"dense": DENSE, "Switch": EVEN, "Switch with 0.4 in its experts": EXPERT}
 # With the first four every side had its best at the end of the list.
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SWEPT = replace(
     TABLE4,
     target=TARGET,
     seeds=(SEED,),
+    learning_rate=SHARED,
     sides=tuple(
-        replace(side, name=f"{side.name} at {rate:g}", learning_rate=rate) for rate in RATES for side in SIDES
+        replace(side, name=f"{side.name} at {rate:g}", learning_rate=rate)
+        for rate in RATES
+        for side in SIDES.values()
     ),
 )
 
@@ -85,12 +88,12 @@ def run_tuning_rates(work: Path, quick: bool, plan: Plan = SWEPT) -> Result:
             progress.update(share, state)
 
         record = run_plan(plan, work, say, stop)
-    found: dict[str, list[Record]] = {side.name: [] for side in SIDES}
-    for side in SIDES:
+    found: dict[str, list[Record]] = {name: [] for name in SIDES}
+    for name, side in SIDES.items():
         for rate in RATES:
             tasks = record["sides"][f"{side.name} at {rate:g}"].values()
             own = _dev([run["dev"] for seeds in tasks for run in seeds])
-            found[side.name].append({"learning_rate": rate, **own})
+            found[name].append({"learning_rate": rate, **own})
     told = {
         "measure": "dev_error",
         "course": f"{plan.steps} steps of {plan.rows} texts of each of {len(plan.tasks)} tasks",
