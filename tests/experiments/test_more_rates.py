@@ -96,6 +96,24 @@ def test_fine_tunings_share_two_models_and_each_side_has_every_rate(
     assert "4 steps of 4 texts of each of 1 tasks" in page
 
 
+def test_quick_forms_take_every_other_rate_and_the_one_that_sides_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(finetune_runs, "open_corpus", lambda *_, **__: TEXT)
+    monkeypatch.setattr(finetune_runs, "open_task", lambda *_, **__: hand_task())
+    monkeypatch.setattr(distill_rates, "open_corpus", lambda *_, **__: TEXT)
+    plan = dataclasses.replace(SWEPT, **{**test_finetune_tables.SMALL, "tokens": 1024})
+    tuning, page, _ = run_tuning_rates(tmp_path / "tuning", True, plan)
+    assert "| 0.0005 | 0.002 | 0.008 |" in page
+    distill, page, _ = run_distill_rates(
+        tmp_path / "distill", True, dataclasses.replace(test_distill_tables.PLAN6, tokens=1024)
+    )
+    assert "| 0.0015 | 0.006 | 0.024 |" in page
+    for record in (tuning, distill):
+        assert record["quick"]
+        assert record["shared"] in [own["learning_rate"] for own in next(iter(record["arms"].values()))]
+
+
 def test_both_models_are_trained_on_text_at_every_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuning_rates, "open_corpus", lambda *_, **__: TEXT)
     seen: list[tuple[float, int, bool]] = []
