@@ -103,11 +103,11 @@ def test_the_cost_of_every_rule_s_arm_is_known():
         assert ("padded" in found) == (arm.capacity is not None)
 
 
-def test_table_1_s_arms_differ_in_experts_per_token_and_in_capacity_alone():
+def test_table_1_s_arms_differ_in_experts_per_token_with_their_rate_and_in_capacity_alone():
     plan = switch_table1.PLAN
     for factor in (2, 1.25, 1):
         one, two = plan.arm(f"Switch {factor:g}"), plan.arm(f"top-2 {factor:g}")
-        assert differing(one, two) == {"num_selected"}
+        assert differing(one, two) == {"num_selected", "learning_rate"}
         assert differing(one, plan.arm("Switch 2")) <= {"capacity"}
         costs = [lab.cost_of(plan, arm, 257) for arm in (one, two)]
         # The convention leaves K out: as many places, so as many padded FLOPs, for one and two experts.
@@ -180,5 +180,7 @@ def test_a_table_of_the_verdict_stands_on_the_page(fixed: None, tmp_path: Path):
     assert page.count("| top-2 2 |") == 2
     json.dumps(record, allow_nan=False)
     # What is kept or recorded of older arms and plans names none of the later fields.
-    assert set(lab._shared(Plan((), ""))) & set(lab._LATER) == set()
+    # A plan always had a rate; an arm's own came later.
+    assert set(lab._shared(Plan((), ""))) & set(lab._LATER) == {"learning_rate"}
+    assert set(lab._plain(lab.Arm("a"))) & set(lab._LATER) == set()
     assert record["plan"]["padded"] is True
