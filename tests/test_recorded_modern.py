@@ -157,3 +157,13 @@ def test_fine_tunings_take_the_best_rates_of_the_recorded_sweeps() -> None:
         assert best("tuning-rates") == {plan.learning_rate}
         assert plan.dense_pretraining_rate is None
         assert all(side.learning_rate is None for side in plan.sides)
+
+
+def test_distillations_take_the_dense_model_s_best_rate_which_is_about_the_teacher_s() -> None:
+    sweep = json.loads((ROOT / "switch-distill-rates.json").read_text(encoding="utf-8"))
+    for table in (distill_tables.TABLE6, distill_tables.TABLE7):
+        assert table.learning_rate == sweep["verdict"]["best"]["dense"]
+        assert table.teacher_rate is None
+    # The teacher's is the next one, where it gains less than runs differ.
+    teacher = {own["learning_rate"]: own["valid_bpb"] for own in sweep["arms"]["64 experts"]}
+    assert abs(teacher[distill_tables.TABLE6.learning_rate] - min(teacher.values())) < 1e-3
