@@ -1,4 +1,4 @@
-"""switch/distill-rates: dense model and teacher of table 6 at four learning rates each."""
+"""switch/distill-rates: dense model and teacher of table 6 at five learning rates each."""
 
 from __future__ import annotations
 

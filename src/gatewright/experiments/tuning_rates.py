@@ -1,5 +1,5 @@
 """switch/text-rates and switch/tuning-rates: the two models of tables 4 and 8 on text, and their fine-tunings
-on every task, at four learning rates each.
+on every task, at five and six learning rates.
 """
 
 from __future__ import annotations
